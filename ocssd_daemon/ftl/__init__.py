@@ -1,0 +1,1 @@
+"""The host flash translation layer that makes a plain disk of the flash."""

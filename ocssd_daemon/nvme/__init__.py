@@ -1,0 +1,1 @@
+"""The NVMe controller: identify data, features, logs, admin commands. Knows no transport."""

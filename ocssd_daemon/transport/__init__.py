@@ -1,0 +1,1 @@
+"""The sockets: accept, negotiate and hand file descriptors to the reactor."""

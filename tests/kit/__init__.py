@@ -1,0 +1,1 @@
+"""Test kit: the other side of each protocol, and the programs the tests need."""
