@@ -143,3 +143,406 @@ ctypedef struct reactor_t:
     uint64_t late_count
     uint64_t late_max_ns
     uint64_t late_hist[64]      # log2 buckets of lateness in ns
+
+
+# --- life ---------------------------------------------------------------------------------------------------------
+
+cdef inline int reactor_init(reactor_t *r, uint64_t poll_max_ns) noexcept nogil:
+    """Open the loop's fds. Returns 0 or an errno; on failure nothing is left open."""
+    memset(r, 0, sizeof(reactor_t))
+    r.poll_max_ns = poll_max_ns
+    r.poll_ns = poll_max_ns
+    pthread_mutex_init(&r.lock, NULL)
+    r.epfd = epoll_create1(EPOLL_CLOEXEC)
+    r.wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+    r.event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+    cdef int failed = errno
+    if r.epfd < 0 or r.wake_fd < 0 or r.event_fd < 0:
+        reactor_close(r)
+        return failed
+    cdef epoll_event event
+    event.events = EPOLLIN
+    event.data.u64 = <uint64_t>-1
+    if epoll_ctl(r.epfd, EPOLL_CTL_ADD, r.wake_fd, &event) < 0:
+        failed = errno
+        reactor_close(r)
+        return failed
+    return 0
+
+
+cdef inline void reactor_close(reactor_t *r) noexcept nogil:
+    cdef int fd
+    if r.epfd >= 0:
+        close(r.epfd)
+    if r.wake_fd >= 0:
+        close(r.wake_fd)
+    if r.event_fd >= 0:
+        close(r.event_fd)
+    r.epfd = r.wake_fd = r.event_fd = -1
+    for fd in range(r.watches_len):
+        free(r.watches[fd])
+    free(r.watches)
+    free(r.heap)
+    r.watches = NULL
+    r.watches_len = 0
+    r.heap = NULL
+    r.heap_len = r.heap_cap = 0
+
+
+# --- the control plane's side -------------------------------------------------------------------------------------
+
+cdef inline void reactor_lock(reactor_t *r) noexcept nogil:
+    """Take the loop's lock. The loop sees the waiter and steps aside after its current turn."""
+    atomic_add_u32(&r.waiters, 1)
+    pthread_mutex_lock(&r.lock)
+    atomic_add_u32(&r.waiters, -1)
+
+
+cdef inline void reactor_unlock(reactor_t *r) noexcept nogil:
+    # A sleeping loop must look again: what was changed may have made work (a new ring, a shorter deadline).
+    cdef bint sleeping = r.sleeping
+    pthread_mutex_unlock(&r.lock)
+    if sleeping:
+        eventfd_signal(r.wake_fd)
+
+
+cdef inline void reactor_stop(reactor_t *r) noexcept nogil:
+    atomic_add_u32(&r.stop, 1)
+    eventfd_signal(r.wake_fd)
+
+
+cdef inline int reactor_add(reactor_t *r, source_t *source) noexcept nogil:
+    """Put *source* into the loop; the lock must be held. Returns 0."""
+    if source.attached:
+        return 0
+    source.next = r.sources
+    r.sources = source
+    source.attached = 1
+    source.more = 1
+    if not source.memory_polled:
+        r.fd_sources += 1
+    return 0
+
+
+cdef inline int reactor_remove(reactor_t *r, source_t *source) noexcept nogil:
+    """Take *source* out; the lock must be held. Its deferred completions are run at once. Returns 0."""
+    cdef source_t **link = &r.sources
+    cdef int fd
+    if not source.attached:
+        return 0
+    reactor_drain(r, source)
+    while link[0] != NULL:
+        if link[0] == source:
+            link[0] = source.next
+            break
+        link = &link[0].next
+    for fd in range(r.watches_len):
+        if r.watches[fd] != NULL and r.watches[fd].source == source:
+            reactor_unwatch(r, fd)
+    source.attached = 0
+    source.next = NULL
+    if not source.memory_polled:
+        r.fd_sources -= 1
+    return 0
+
+
+# --- fds ----------------------------------------------------------------------------------------------------------
+
+cdef inline int reactor_watch(reactor_t *r, source_t *source, int fd, uint32_t events) noexcept nogil:
+    """Call ``source.ready`` when *fd* has one of *events* (level-triggered). Returns 0 or an errno."""
+    cdef watch_t **grown
+    cdef watch_t *watch
+    cdef epoll_event event
+    cdef int n
+    if fd >= r.watches_len:
+        n = (fd + 64) & ~63
+        grown = <watch_t **>realloc(r.watches, n * sizeof(watch_t *))
+        if grown == NULL:
+            return ENOMEM
+        memset(grown + r.watches_len, 0, (n - r.watches_len) * sizeof(watch_t *))
+        r.watches = grown
+        r.watches_len = n
+    if r.watches[fd] != NULL:
+        reactor_unwatch(r, fd)
+    watch = <watch_t *>realloc(NULL, sizeof(watch_t))
+    if watch == NULL:
+        return ENOMEM
+    watch.source = source
+    watch.fd = fd
+    event.events = events
+    event.data.u64 = <uint64_t>fd
+    if epoll_ctl(r.epfd, EPOLL_CTL_ADD, fd, &event) < 0:
+        free(watch)
+        return errno
+    r.watches[fd] = watch
+    return 0
+
+
+cdef inline int reactor_rewatch(reactor_t *r, int fd, uint32_t events) noexcept nogil:
+    """Change the events of a watched *fd*. Returns 0 or an errno."""
+    cdef epoll_event event
+    event.events = events
+    event.data.u64 = <uint64_t>fd
+    return 0 if epoll_ctl(r.epfd, EPOLL_CTL_MOD, fd, &event) == 0 else errno
+
+
+cdef inline void reactor_unwatch(reactor_t *r, int fd) noexcept nogil:
+    """Forget *fd*; must be called before the fd is closed. Harmless for an fd that is not watched."""
+    cdef epoll_event event
+    if fd < 0 or fd >= r.watches_len or r.watches[fd] == NULL:
+        return
+    epoll_ctl(r.epfd, EPOLL_CTL_DEL, fd, &event)
+    free(r.watches[fd])
+    r.watches[fd] = NULL
+
+
+cdef inline int reactor_take_fds(reactor_t *r, epoll_event *events, int n) noexcept nogil:
+    """Tell the sources which of their fds are ready. Returns how many were theirs."""
+    cdef int i, fd, told = 0
+    for i in range(n):
+        if events[i].data.u64 == <uint64_t>-1:
+            eventfd_drain(r.wake_fd)
+            continue
+        fd = <int>events[i].data.u64
+        # An earlier source of this batch may have unwatched this fd.
+        if fd < r.watches_len and r.watches[fd] != NULL:
+            r.watches[fd].source.ready(r.watches[fd].source, fd, events[i].events)
+            told += 1
+    return told
+
+
+# --- reports for trio ---------------------------------------------------------------------------------------------
+
+cdef inline void reactor_report(reactor_t *r, source_t *source, int code) noexcept nogil:
+    """Queue (source.token, code) for the control plane and signal ``event_fd``."""
+    if r.reports_head - r.reports_tail == REACTOR_EVENTS:
+        r.reports_dropped += 1
+        return
+    r.reports[r.reports_head % REACTOR_EVENTS].token = source.token
+    r.reports[r.reports_head % REACTOR_EVENTS].code = code
+    r.reports_head += 1
+    eventfd_signal(r.event_fd)
+
+
+# --- deferred completions: a binary heap on (deadline, order) -----------------------------------------------------
+
+cdef inline bint deferred_before(const deferred_t *a, const deferred_t *b) noexcept nogil:
+    return a.deadline_ns < b.deadline_ns or (a.deadline_ns == b.deadline_ns and a.order < b.order)
+
+
+cdef inline void heap_up(deferred_t *heap, uint32_t i) noexcept nogil:
+    cdef deferred_t item = heap[i]
+    while i > 0 and deferred_before(&item, &heap[(i - 1) >> 1]):
+        heap[i] = heap[(i - 1) >> 1]
+        i = (i - 1) >> 1
+    heap[i] = item
+
+
+cdef inline void heap_down(deferred_t *heap, uint32_t n, uint32_t i) noexcept nogil:
+    cdef deferred_t item = heap[i]
+    cdef uint32_t child
+    while True:
+        child = 2 * i + 1
+        if child >= n:
+            break
+        if child + 1 < n and deferred_before(&heap[child + 1], &heap[child]):
+            child += 1
+        if not deferred_before(&heap[child], &item):
+            break
+        heap[i] = heap[child]
+        i = child
+    heap[i] = item
+
+
+cdef inline void reactor_defer(reactor_t *r, source_t *source, uint64_t deadline_ns, uint64_t a, uint64_t b) noexcept nogil:
+    """Run ``source.complete(a, b)`` at *deadline_ns*; at once if the heap cannot grow (a completion is never lost)."""
+    cdef deferred_t *grown
+    if r.heap_len == r.heap_cap:
+        grown = <deferred_t *>realloc(r.heap, (2 * r.heap_cap + 64) * sizeof(deferred_t))
+        if grown == NULL:
+            source.complete(source, a, b)
+            return
+        r.heap = grown
+        r.heap_cap = 2 * r.heap_cap + 64
+    r.heap[r.heap_len].deadline_ns = deadline_ns
+    r.heap[r.heap_len].order = r.deferred_order
+    r.heap[r.heap_len].source = source
+    r.heap[r.heap_len].a = a
+    r.heap[r.heap_len].b = b
+    r.deferred_order += 1
+    r.heap_len += 1
+    heap_up(r.heap, r.heap_len - 1)
+
+
+cdef inline deferred_t heap_pop(reactor_t *r) noexcept nogil:
+    cdef deferred_t top = r.heap[0]
+    r.heap_len -= 1
+    if r.heap_len:
+        r.heap[0] = r.heap[r.heap_len]
+        heap_down(r.heap, r.heap_len, 0)
+    return top
+
+
+cdef inline void reactor_drain(reactor_t *r, source_t *source) noexcept nogil:
+    """Complete everything that *source* has deferred, in deadline order, without waiting for the deadlines."""
+    cdef deferred_t top
+    cdef uint32_t i, kept = 0, mine = 0
+    # Pop in order; what belongs to others is collected at the front of the array that the shrinking heap frees.
+    cdef uint32_t total = r.heap_len
+    cdef deferred_t *others
+    for i in range(total):
+        mine += r.heap[i].source == source
+    if mine == 0:
+        return
+    others = <deferred_t *>realloc(NULL, total * sizeof(deferred_t))
+    while r.heap_len:
+        top = heap_pop(r)
+        if top.source == source or others == NULL:
+            top.source.complete(top.source, top.a, top.b)
+        else:
+            others[kept] = top
+            kept += 1
+    # Sorted ascending is a valid heap.
+    for i in range(kept):
+        r.heap[i] = others[i]
+    r.heap_len = kept
+    free(others)
+
+
+cdef inline void count_lateness(reactor_t *r, uint64_t late_ns) noexcept nogil:
+    cdef uint32_t bucket = 0
+    cdef uint64_t v = late_ns
+    while v > 1:
+        v >>= 1
+        bucket += 1
+    r.late_hist[bucket & 63] += 1
+    r.late_count += 1
+    if late_ns > r.late_max_ns:
+        r.late_max_ns = late_ns
+
+
+cdef inline int reactor_complete_due(reactor_t *r) noexcept nogil:
+    """Post every completion whose deadline has passed. Returns how many."""
+    cdef deferred_t top
+    cdef uint64_t now
+    cdef int n = 0
+    if r.heap_len == 0:
+        return 0
+    now = now_ns()
+    while r.heap_len and r.heap[0].deadline_ns <= now and n < 4 * REACTOR_BUDGET:
+        top = heap_pop(r)
+        count_lateness(r, now - top.deadline_ns)
+        top.source.complete(top.source, top.a, top.b)
+        n += 1
+    return n
+
+
+# --- the loop -----------------------------------------------------------------------------------------------------
+
+cdef inline int reactor_turn(reactor_t *r) noexcept nogil:
+    """One round over deadlines, fds and sources; the lock is held. Returns the amount of work done."""
+    cdef epoll_event events[REACTOR_FDS]
+    cdef source_t *source
+    cdef source_t *following
+    cdef int done = reactor_complete_due(r)
+    cdef int n
+    r.turns += 1
+    if r.fd_sources:
+        n = epoll_wait(r.epfd, events, REACTOR_FDS, 0)
+        if n > 0:
+            reactor_take_fds(r, events, n)
+    source = r.sources
+    while source != NULL:
+        following = source.next
+        if source.memory_polled or source.more:
+            done += source.poll(source, REACTOR_BUDGET)
+        source = following
+    return done
+
+
+cdef inline bint reactor_arm(reactor_t *r) noexcept nogil:
+    """Ask every source to notify us. Returns 1 when one has work already: do not sleep."""
+    cdef source_t *source = r.sources
+    cdef bint busy = False
+    while source != NULL:
+        if source.more or source.arm(source):
+            busy = True
+        source = source.next
+    return busy
+
+
+cdef inline void reactor_disarm(reactor_t *r) noexcept nogil:
+    cdef source_t *source = r.sources
+    while source != NULL:
+        source.disarm(source)
+        source = source.next
+
+
+cdef inline void reactor_adapt(reactor_t *r, uint64_t slept_ns) noexcept nogil:
+    """Poll longer when a sleep turned out short (polling would have caught the work), shorter when it was long.
+
+    Polling never pays for a wait that is longer than the limit, so one such sleep halves the time; the floor of
+    zero is reached after a few idle periods, and one short sleep brings it back.
+    """
+    if slept_ns <= r.poll_max_ns:
+        r.poll_ns = r.poll_max_ns
+    elif slept_ns > 4 * r.poll_max_ns:
+        r.poll_ns >>= 1
+
+
+cdef inline void reactor_sleep(reactor_t *r) noexcept nogil:
+    """Wait for an fd, a wake-up or the next deadline; the lock is held on entry and on return."""
+    cdef epoll_event events[REACTOR_FDS]
+    cdef long long timeout_ns = -1
+    cdef uint64_t start = now_ns()
+    cdef int n
+    if r.heap_len:
+        # Timers fire late by the scheduler's slack: wake up early by that and spin the rest.
+        timeout_ns = <long long>r.heap[0].deadline_ns - <long long>start - SLEEP_SLACK_NS
+        if timeout_ns <= 0:
+            return
+    r.sleeping = 1
+    r.sleeps += 1
+    pthread_mutex_unlock(&r.lock)
+    n = epoll_wait_ns(r.epfd, events, REACTOR_FDS, timeout_ns)
+    pthread_mutex_lock(&r.lock)
+    r.sleeping = 0
+    if n > 0:
+        r.wakeups_by_fd += reactor_take_fds(r, events, n)
+        reactor_adapt(r, now_ns() - start)
+
+
+cdef enum:
+    SLEEP_SLACK_NS = 60000      # measured wake-up latency of epoll_pwait2 on a virtual machine: 50-60 us at p50
+
+
+cdef inline void reactor_step_aside(reactor_t *r) noexcept nogil:
+    """Let waiting control-plane threads have the lock: a mutex alone would let this thread take it back at once."""
+    pthread_mutex_unlock(&r.lock)
+    while atomic_get_u32(&r.waiters):
+        sched_yield()
+    pthread_mutex_lock(&r.lock)
+
+
+cdef inline void reactor_run(reactor_t *r) noexcept nogil:
+    """Serve until ``reactor_stop``. Spins for the poll time after the last work, then sleeps."""
+    cdef uint64_t idle_since = 0
+    cdef uint64_t now
+    pthread_mutex_lock(&r.lock)
+    while not atomic_get_u32(&r.stop):
+        if atomic_get_u32(&r.waiters):
+            reactor_step_aside(r)
+        if reactor_turn(r):
+            idle_since = 0
+            continue
+        now = now_ns()
+        if idle_since == 0:
+            idle_since = now
+        if now - idle_since < r.poll_ns:
+            cpu_relax()
+            continue
+        if not reactor_arm(r):
+            reactor_sleep(r)
+        reactor_disarm(r)
+        idle_since = 0
+    pthread_mutex_unlock(&r.lock)

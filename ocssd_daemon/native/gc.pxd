@@ -1,0 +1,318 @@
+"""Owns the free lines: which line to collect next, how fast, and how wear is spread.
+
+Collection is paced, not bursty: while few lines are free, each user sector pays for as many moves as the victim needs to
+be free by the time its space is used up (moved : user = valid : invalid of the victim). Two rules make it impossible to
+starve: the user may open a line only while ``keep_lines`` stay free for GC, and a write that finds none collects until
+there is one, always choosing the emptiest line.
+
+Sizes are sectors. Knows the FTL's structures and nothing above them.
+"""
+
+from libc.stdint cimport uint32_t, uint64_t
+
+from ocssd_daemon.native.ftl cimport (
+    commit_user,
+    LINE_CLOSED, LINE_DEAD, LINE_FREE, LINE_PENDING, NO_LINE, NO_PPA,
+    VICTIM_COST_BENEFIT, VICTIM_D_CHOICES, VICTIM_FIFO, VICTIM_GREEDY, VICTIM_RANDOM,
+    ctz64, frontier_open, ftl_t, line_chunk, move_sector,
+)
+from ocssd_daemon.native.media cimport CHUNK_FREE, CHUNK_OFFLINE, MEDIA_OK, media_reset, ppa_of
+
+cdef extern from "errno.h" nogil:
+    int errno
+
+cdef extern from "unistd.h" nogil:
+    int fdatasync(int)
+
+cdef enum:
+    WEAR_EVERY = 8              # at most one victim in so many is chosen for wear instead of for space
+    RATE_CAP = 64               # most moves that one user sector pays for; the reserve covers the rest
+
+
+cdef inline uint64_t next_random(ftl_t *f) noexcept nogil:
+    """xorshift64*: seeded, the same everywhere."""
+    f.rng ^= f.rng >> 12
+    f.rng ^= f.rng << 25
+    f.rng ^= f.rng >> 27
+    return f.rng * 0x2545f4914f6cdd1dull
+
+
+# --- choice of the victim -----------------------------------------------------------------------------------------
+
+cdef inline double victim_score(const ftl_t *f, uint32_t line, uint32_t policy) noexcept nogil:
+    """Higher is better. Cost-benefit: (1 - u) x age / 2u (Rosenblum and Ousterhout, LFS, section 3.6)."""
+    cdef double valid = f.line_valid[line]
+    cdef double total = <double>f.n_pus * f.media.geometry.sectors
+    if policy == VICTIM_FIFO:
+        return -<double>f.line_closed_seq[line]
+    if policy == VICTIM_COST_BENEFIT:
+        return (total - valid) * <double>(f.seq - f.line_closed_seq[line] + 1) / (2 * valid + 1)
+    return -valid
+
+
+cdef inline uint32_t best_victim(const ftl_t *f, uint32_t policy) noexcept nogil:
+    """The best CLOSED line; lines with a failed chunk come first, whatever the policy."""
+    cdef uint32_t line, best = NO_LINE
+    cdef double score, best_score = 0
+    for line in range(f.n_lines):
+        if f.line_state[line] != LINE_CLOSED:
+            continue
+        if f.line_failed[line]:
+            return line
+        score = victim_score(f, line, policy)
+        if best == <uint32_t>NO_LINE or score > best_score:
+            best = line
+            best_score = score
+    return best
+
+
+cdef inline uint32_t emptiest_line(const ftl_t *f) noexcept nogil:
+    """Greedy, without the arithmetic of the general case: this scan runs for every victim of the default policy."""
+    cdef uint32_t line, best = NO_LINE, best_valid = NO_LINE
+    for line in range(f.n_lines):
+        if f.line_state[line] == LINE_CLOSED and (f.line_valid[line] < best_valid or f.line_failed[line]):
+            best = line
+            best_valid = 0 if f.line_failed[line] else f.line_valid[line]
+    return best
+
+
+cdef inline uint32_t sampled_victim(ftl_t *f, uint32_t samples) noexcept nogil:
+    """The emptiest of *samples* CLOSED lines drawn at random (d-choices; one sample is a random victim)."""
+    cdef uint32_t line, best = NO_LINE, drawn = 0, tries = 0
+    while drawn < samples and tries < 64 * samples:
+        tries += 1
+        line = <uint32_t>(((next_random(f) >> 32) * f.n_lines) >> 32)
+        if f.line_state[line] != LINE_CLOSED:
+            continue
+        drawn += 1
+        if best == <uint32_t>NO_LINE or f.line_valid[line] < f.line_valid[best]:
+            best = line
+    return best if best != <uint32_t>NO_LINE else emptiest_line(f)
+
+
+cdef inline uint32_t coldest_line(ftl_t *f) noexcept nogil:
+    """Static wear levelling: the least-worn CLOSED line when the spread has grown too wide, else NO_LINE."""
+    cdef uint32_t line, coldest = NO_LINE, most = 0
+    if f.wear_spread == 0 or f.victims_since_levelling < WEAR_EVERY:
+        return NO_LINE
+    for line in range(f.n_lines):
+        if f.line_state[line] == LINE_DEAD:
+            continue
+        most = max(most, f.line_erases[line])
+        if f.line_state[line] == LINE_CLOSED and (
+                coldest == <uint32_t>NO_LINE or f.line_erases[line] < f.line_erases[coldest]):
+            coldest = line
+    if coldest == <uint32_t>NO_LINE or most - f.line_erases[coldest] <= f.wear_spread:
+        return NO_LINE
+    return coldest
+
+
+cdef inline uint32_t policy_victim(ftl_t *f) noexcept nogil:
+    if f.policy == VICTIM_GREEDY:
+        return emptiest_line(f)
+    if f.policy == VICTIM_D_CHOICES:
+        return sampled_victim(f, f.d_choices)
+    if f.policy == VICTIM_RANDOM:
+        return sampled_victim(f, 1)
+    return best_victim(f, f.policy)
+
+
+cdef inline void start_victim(ftl_t *f, uint32_t line) noexcept nogil:
+    cdef uint32_t total = f.n_pus * f.media.geometry.sectors
+    f.victim = line
+    f.cursor = 0
+    f.credit = 0
+    f.gc_runs += 1
+    f.rate_moved = f.line_valid[line]
+    f.rate_user = max(<uint32_t>1, max(total - f.line_valid[line], f.line_valid[line] // RATE_CAP))
+
+
+cdef inline bint pick_victim(ftl_t *f, bint urgent) noexcept nogil:
+    """Start on the next victim. *urgent*: the emptiest, whatever the policy. Returns 0 when there is none."""
+    cdef uint32_t line = NO_LINE if urgent else coldest_line(f)
+    if line != <uint32_t>NO_LINE:
+        f.victims_since_levelling = 0
+        f.wear_runs += 1
+    else:
+        line = emptiest_line(f) if urgent else policy_victim(f)
+        f.victims_since_levelling += 1
+    if line == <uint32_t>NO_LINE:
+        return False
+    start_victim(f, line)
+    return True
+
+
+# --- collecting ---------------------------------------------------------------------------------------------------
+
+cdef inline void count_line(ftl_t *f, uint32_t line) noexcept nogil:
+    """Refresh what is known of an erased line: mean wear, state."""
+    cdef uint32_t pu, good = 0
+    cdef uint64_t cycles = 0
+    for pu in range(f.n_pus):
+        cycles += f.media.chunks[line_chunk(f, line, pu)].pe_cycles
+        good += f.media.chunks[line_chunk(f, line, pu)].state != CHUNK_OFFLINE
+    f.line_erases[line] = <uint32_t>(cycles // f.n_pus)
+    f.line_failed[line] = 0
+    f.line_state[line] = LINE_FREE if good else LINE_DEAD
+    f.free_lines += good > 0
+
+
+cdef inline void recount_spare(ftl_t *f) noexcept nogil:
+    """After a chunk went OFFLINE: is there still room for the data and for GC to work?"""
+    cdef uint32_t line, pu, good
+    cdef uint64_t sectors = 0
+    f.short_lines = 0
+    for line in range(f.n_lines):
+        good = 0
+        for pu in range(f.n_pus):
+            good += f.media.chunks[line_chunk(f, line, pu)].state != CHUNK_OFFLINE
+        sectors += <uint64_t>good * f.media.geometry.sectors
+        f.short_lines += good < f.n_pus
+    f.usable_sectors = sectors
+    if sectors < f.capacity_sectors + <uint64_t>spare_lines(f) * f.n_pus * f.media.geometry.sectors:
+        f.read_only = 1
+
+
+cdef inline uint32_t spare_lines(const ftl_t *f) noexcept nogil:
+    """Lines that must exist besides the data: open frontiers and what GC needs to move a whole line."""
+    return keep_lines(f) + (1 if f.moved == &f.user else 2)
+
+
+cdef inline void erase_line(ftl_t *f, uint32_t line) noexcept nogil:
+    cdef uint32_t pu, chunk, lost = 0
+    for pu in range(f.n_pus):
+        chunk = line_chunk(f, line, pu)
+        if f.media.chunks[chunk].state & (CHUNK_FREE | CHUNK_OFFLINE):
+            continue
+        lost += media_reset(f.media, chunk) != MEDIA_OK
+        f.chunks_erased += 1
+    count_line(f, line)
+    if lost:
+        recount_spare(f)
+
+
+cdef inline void finish_victim(ftl_t *f) noexcept nogil:
+    """Everything valid has left the victim. With durability host it is erased only after the copies are on the host's disk."""
+    cdef uint32_t line = f.victim
+    f.victim = NO_LINE
+    if f.host_durable:
+        f.line_state[line] = LINE_PENDING
+        f.pending_lines += 1
+    else:
+        erase_line(f, line)
+
+
+cdef inline void erase_pending(ftl_t *f) noexcept nogil:
+    """After a host sync: the collected lines may be erased now."""
+    cdef uint32_t line
+    if f.pending_lines == 0:
+        return
+    for line in range(f.n_lines):
+        if f.line_state[line] == LINE_PENDING:
+            erase_line(f, line)
+    f.pending_lines = 0
+
+
+cdef inline uint32_t move_word(ftl_t *f, uint32_t budget) noexcept nogil:
+    """Move the valid sectors under the cursor's word, at most *budget*. Returns how many; NO_PPA when no line is free."""
+    cdef uint32_t chunk = line_chunk(f, f.victim, f.cursor % f.n_pus)
+    cdef uint32_t row = f.cursor // f.n_pus
+    cdef uint64_t *word = &f.valid[<uint64_t>chunk * f.words + row]
+    cdef uint32_t base = <uint32_t>ppa_of(f.media, chunk, row << 6)
+    cdef uint32_t moved = 0
+    while word[0] and moved < budget:
+        if not move_sector(f, f.moved, base + ctz64(word[0])):
+            return NO_PPA
+        moved += 1
+    if word[0] == 0:
+        f.cursor += 1
+    return moved
+
+
+cdef inline bint word_is_done(const ftl_t *f) noexcept nogil:
+    """Is there nothing (left) to move under the cursor?"""
+    if f.cursor >= f.words * f.n_pus:
+        return True
+    return f.valid[<uint64_t>line_chunk(f, f.victim, f.cursor % f.n_pus) * f.words + f.cursor // f.n_pus] == 0
+
+
+cdef inline bint gc_step(ftl_t *f, uint32_t budget, bint urgent) noexcept nogil:
+    """Move up to *budget* sectors, starting and finishing victims on the way. Returns 0 when GC cannot go on."""
+    cdef uint32_t moved
+    if f.victim == <uint32_t>NO_LINE and not pick_victim(f, urgent):
+        return False
+    while f.cursor < f.words * f.n_pus:
+        moved = move_word(f, budget)
+        if moved == <uint32_t>NO_PPA:
+            return False
+        budget -= moved
+        f.gc_sectors_moved += moved
+        if budget == 0 and not word_is_done(f):
+            return True
+    if f.cursor >= f.words * f.n_pus:
+        finish_victim(f)
+    return True
+
+
+# --- pacing -------------------------------------------------------------------------------------------------------
+
+cdef inline uint32_t keep_lines(const ftl_t *f) noexcept nogil:
+    """Free lines the user may not open: one takes a whole victim; short lines hold less, so then two."""
+    return 1 if f.short_lines == 0 else 2
+
+
+cdef inline void gc_pace(ftl_t *f, uint32_t user_sectors) noexcept nogil:
+    """Pay for *user_sectors* just written."""
+    cdef uint32_t due
+    if f.free_lines > f.reserve_lines:
+        return
+    if f.victim == <uint32_t>NO_LINE and not pick_victim(f, False):
+        return
+    f.credit += user_sectors * f.rate_moved
+    due = f.credit // f.rate_user
+    f.credit -= due * f.rate_user
+    gc_step(f, due, False)
+
+
+cdef inline int host_sync(ftl_t *f) noexcept nogil:
+    """Bring the image to the host's disk; lines that waited for it are erased. Returns 0 or an errno."""
+    if f.media.store_fd >= 0 and fdatasync(f.media.store_fd) != 0:
+        return errno
+    erase_pending(f)
+    return 0
+
+
+cdef inline bint collect_a_line(ftl_t *f) noexcept nogil:
+    """Collect until the user may open a line. Returns 0 when that cannot be done."""
+    cdef uint32_t tries = 0
+    f.stalls += 1
+    while f.free_lines <= keep_lines(f):
+        tries += 1
+        if f.pending_lines:
+            if host_sync(f) != 0:
+                return False
+        elif tries > 4 * f.n_lines + 16 or not gc_step(f, NO_PPA, True):
+            return False
+    return True
+
+
+cdef inline uint32_t ftl_slot(ftl_t *f) noexcept nogil:
+    """Where the next user sector goes: copy its data there, then ``ftl_commit``. NO_PPA: no space can be made."""
+    if f.user.line == <uint32_t>NO_LINE:
+        if f.read_only:
+            return NO_PPA
+        # With one frontier GC may have opened the line that the user goes on with.
+        if f.free_lines <= keep_lines(f) and not collect_a_line(f):
+            return NO_PPA
+        if f.user.line == <uint32_t>NO_LINE and not frontier_open(f, &f.user):
+            return NO_PPA
+    return f.user.ppa + f.user.fill
+
+
+cdef inline void ftl_commit(ftl_t *f, uint32_t lba) noexcept nogil:
+    """The user's data is in place at ``ftl_slot``: make it *lba*, and pay GC for each full unit."""
+    commit_user(f, lba)
+    f.unpaced += 1
+    if f.unpaced >= f.unit:
+        gc_pace(f, f.unpaced)
+        f.unpaced = 0

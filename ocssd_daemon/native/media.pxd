@@ -1,0 +1,377 @@
+"""Owns the rules of the flash: what may be written, read, reset and copied, and the state of every chunk.
+
+All rules of the Open-Channel SSD specification 2.0 (write pointer, ws_min, mw_cunits, open-chunk limits, chunk states)
+are enforced here and nowhere else; OCSSD 1.2, OCSSD 2.0, the host FTL and the Python API are callers. Results are NVMe
+status values (SCT << 8 | SC, without the DNR bit): 0 is success.
+
+Addresses: a *chunk index* counts chunks in the order of the chunk log (chunk within PU within group). A *ppa* is
+``chunk_index << sector_bits | sector``, so that taking it apart costs a shift. Sizes are in sectors unless they say bytes.
+
+The media knows no L2P, no transport and reads no clock. Spec: OCSSD 2.0 (29 Jan 2018), sections 2.3-2.6 and 3.1-3.3.
+"""
+
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.string cimport memcpy, memset
+
+from ocssd_daemon.native.sys cimport store_release_u64
+
+
+cdef enum:                      # chunk states and types: the values of the chunk information log
+    CHUNK_FREE = 1
+    CHUNK_CLOSED = 2
+    CHUNK_OPEN = 4
+    CHUNK_OFFLINE = 8
+    CHUNK_SEQUENTIAL = 1
+    CHUNK_RANDOM = 2
+
+cdef enum:                      # chunk_t.flags: armed faults
+    CHUNK_FAIL_WRITE = 1        # the next program fails and closes the chunk early
+    CHUNK_FAIL_RESET = 2        # the next reset fails and takes the chunk offline
+
+cdef enum:                      # media_t.flags
+    MEDIA_EARLY_RESET = 1       # an OPEN chunk may be reset (pblk needs it)
+    MEDIA_MULTI_RESET = 2       # a FREE chunk may be reset (MCCAP bit 1)
+
+cdef enum:                      # NVMe status values
+    MEDIA_OK = 0
+    MEDIA_INVALID_FIELD = 0x002
+    MEDIA_WRITE_FAULT = 0x280
+    MEDIA_UNRECOVERED = 0x281
+    MEDIA_UNWRITTEN = 0x287     # deallocated or unwritten logical block
+    MEDIA_OFFLINE = 0x2c0
+    MEDIA_INVALID_RESET = 0x2c1
+    MEDIA_WRITE_NEXT_UNIT = 0x2f0
+    MEDIA_CHUNK_CLOSED_EARLY = 0x2f1
+    MEDIA_OUT_OF_ORDER = 0x2f2
+
+cdef enum:
+    NO_WP = 0xffffffff          # write pointer of an OFFLINE chunk
+
+
+ctypedef struct geometry_t:
+    uint32_t groups
+    uint32_t pus                # per group
+    uint32_t chunks             # per PU
+    uint32_t sectors            # per chunk
+    uint32_t sector_bytes
+    uint32_t oob_bytes          # per sector
+    uint32_t ws_min
+    uint32_t ws_opt
+    uint32_t mw_cunits
+    uint32_t maxoc              # 0: no limit
+    uint32_t maxocpu            # 0: no limit
+    uint32_t total_pus
+    uint32_t total_chunks
+    uint32_t sector_bits
+
+cdef extern from *:
+    """
+    #include <stdint.h>
+    #include <assert.h>
+    /* One entry of the chunk table, as it lies in the image file. state..wp are one 64-bit word, stored at once, so
+       that a kill between two instructions never leaves a state without its write pointer. */
+    typedef struct {
+        uint8_t state;
+        uint8_t type;
+        uint8_t wear_index;
+        uint8_t flags;
+        uint32_t wp;
+        uint32_t cnlb;
+        uint32_t pe_cycles;
+        uint32_t pe_limit;
+        uint32_t reads;
+        uint64_t programmed_ns;
+    } ocssd_chunk;
+    _Static_assert(sizeof(ocssd_chunk) == 32, "chunk table entry");
+
+    static inline uint64_t ocssd_chunk_word(const ocssd_chunk *c, uint8_t state, uint32_t wp, uint8_t wear_index, uint8_t flags) {
+        ocssd_chunk w = { .state = state, .type = c->type, .wear_index = wear_index, .flags = flags, .wp = wp };
+        uint64_t word;
+        __builtin_memcpy(&word, &w, 8);
+        return word;
+    }
+    """
+    ctypedef struct chunk_t "ocssd_chunk":
+        uint8_t state
+        uint8_t type
+        uint8_t wear_index
+        uint8_t flags
+        uint32_t wp
+        uint32_t cnlb
+        uint32_t pe_cycles
+        uint32_t pe_limit       # P/E cycles after which a reset takes the chunk offline; 0: none
+        uint32_t reads          # since the last reset
+        uint64_t programmed_ns
+    uint64_t chunk_word "ocssd_chunk_word" (const chunk_t *c, uint8_t state, uint32_t wp, uint8_t wear_index, uint8_t flags) noexcept nogil
+
+cdef extern from "fcntl.h" nogil:
+    int posix_fallocate(int fd, long long offset, long long length)
+
+cdef extern from "errno.h" nogil:
+    int ENOSPC
+
+
+ctypedef struct media_t:
+    geometry_t geometry
+    chunk_t *chunks             # [total_chunks]
+    char *oob                   # [total_chunks * sectors][oob_bytes]
+    char *data                  # [total_chunks * sectors][sector_bytes]; NULL: no data kept (simulation)
+    uint32_t *open_of_pu        # [total_pus] open chunks
+    uint32_t open_total
+    uint32_t flags
+    int store_fd                # image file, -1 in RAM
+    uint64_t data_offset        # of the data region in the image file
+    uint64_t sectors_written
+    uint64_t sectors_read
+    uint64_t chunks_reset
+    uint64_t write_failures
+    uint64_t reset_failures
+    uint64_t store_full         # chunks that could not be opened because the host's disk is full
+
+
+# --- addresses ----------------------------------------------------------------------------------------------------
+
+cdef inline uint64_t ppa_of(const media_t *m, uint32_t chunk, uint32_t sector) noexcept nogil:
+    return (<uint64_t>chunk << m.geometry.sector_bits) | sector
+
+cdef inline uint32_t ppa_chunk(const media_t *m, uint64_t ppa) noexcept nogil:
+    return <uint32_t>(ppa >> m.geometry.sector_bits)
+
+cdef inline uint32_t ppa_sector(const media_t *m, uint64_t ppa) noexcept nogil:
+    return <uint32_t>(ppa & ((1ull << m.geometry.sector_bits) - 1))
+
+cdef inline bint ppa_exists(const media_t *m, uint64_t ppa) noexcept nogil:
+    return (ppa >> m.geometry.sector_bits) < m.geometry.total_chunks and ppa_sector(m, ppa) < m.geometry.sectors
+
+cdef inline uint64_t sector_index(const media_t *m, uint64_t ppa) noexcept nogil:
+    """Row of the data and OOB arrays."""
+    return <uint64_t>ppa_chunk(m, ppa) * m.geometry.sectors + ppa_sector(m, ppa)
+
+cdef inline char *media_data(const media_t *m, uint64_t ppa) noexcept nogil:
+    return m.data + sector_index(m, ppa) * m.geometry.sector_bytes
+
+cdef inline char *media_oob(const media_t *m, uint64_t ppa) noexcept nogil:
+    return m.oob + sector_index(m, ppa) * m.geometry.oob_bytes
+
+cdef inline uint32_t chunk_pu(const media_t *m, uint32_t chunk) noexcept nogil:
+    return chunk // m.geometry.chunks
+
+
+# --- state transitions --------------------------------------------------------------------------------------------
+
+cdef inline void chunk_set(chunk_t *c, uint8_t state, uint32_t wp) noexcept nogil:
+    store_release_u64(c, chunk_word(c, state, wp, c.wear_index, c.flags))
+
+
+cdef inline void chunk_opened(media_t *m, uint32_t chunk) noexcept nogil:
+    m.open_of_pu[chunk_pu(m, chunk)] += 1
+    m.open_total += 1
+
+
+cdef inline void chunk_not_open(media_t *m, uint32_t chunk) noexcept nogil:
+    m.open_of_pu[chunk_pu(m, chunk)] -= 1
+    m.open_total -= 1
+
+
+cdef inline void chunk_close_early(media_t *m, uint32_t chunk) noexcept nogil:
+    """OPEN to CLOSED with the write pointer where it is; sectors below it stay readable."""
+    cdef chunk_t *c = &m.chunks[chunk]
+    if c.state == CHUNK_OPEN:
+        chunk_not_open(m, chunk)
+    chunk_set(c, CHUNK_CLOSED, c.wp)
+
+
+cdef inline void chunk_go_offline(media_t *m, uint32_t chunk) noexcept nogil:
+    cdef chunk_t *c = &m.chunks[chunk]
+    if c.state == CHUNK_OPEN:
+        chunk_not_open(m, chunk)
+    chunk_set(c, CHUNK_OFFLINE, NO_WP)
+
+
+cdef inline bint may_open(const media_t *m, uint32_t chunk) noexcept nogil:
+    """Is there room for one more open chunk? Spec: 2.0 geometry, MAXOC and MAXOCPU."""
+    cdef const geometry_t *g = &m.geometry
+    return ((g.maxoc == 0 or m.open_total < g.maxoc)
+            and (g.maxocpu == 0 or m.open_of_pu[chunk_pu(m, chunk)] < g.maxocpu))
+
+
+cdef inline int store_reserve(media_t *m, uint32_t chunk) noexcept nogil:
+    """Make the host file system reserve the chunk's data now: a full disk is a write fault here, a SIGBUS later."""
+    cdef uint64_t chunk_bytes = <uint64_t>m.geometry.sectors * m.geometry.sector_bytes
+    if m.store_fd < 0 or m.data == NULL:
+        return MEDIA_OK
+    if posix_fallocate(m.store_fd, m.data_offset + chunk * chunk_bytes, chunk_bytes) == ENOSPC:
+        m.store_full += 1
+        return MEDIA_WRITE_FAULT
+    return MEDIA_OK
+
+
+# --- write --------------------------------------------------------------------------------------------------------
+
+cdef inline int media_check_write(const media_t *m, uint32_t chunk, uint32_t sector, uint32_t n) noexcept nogil:
+    """May *n* sectors be written at *sector* of *chunk*? Spec: 2.0 section 2.3 (state machine) and 2.4 (write rules)."""
+    cdef const chunk_t *c = &m.chunks[chunk]
+    if c.state & (CHUNK_OFFLINE | CHUNK_CLOSED):
+        return MEDIA_WRITE_FAULT
+    if n == 0 or <uint64_t>sector + n > c.cnlb:
+        return MEDIA_WRITE_FAULT
+    if c.type == CHUNK_SEQUENTIAL:
+        if n % m.geometry.ws_min:
+            return MEDIA_INVALID_FIELD
+        if sector != c.wp:
+            return MEDIA_OUT_OF_ORDER
+    if c.state == CHUNK_FREE and not may_open(m, chunk):
+        return MEDIA_WRITE_FAULT
+    return MEDIA_OK
+
+
+cdef inline int media_program_failed(media_t *m, uint32_t chunk) noexcept nogil:
+    """An armed write fault: the chunk closes early and its next reset fails. Spec: 2.0 status 2F1h."""
+    cdef chunk_t *c = &m.chunks[chunk]
+    m.write_failures += 1
+    c.flags = (c.flags & ~CHUNK_FAIL_WRITE) | CHUNK_FAIL_RESET
+    chunk_close_early(m, chunk)
+    return MEDIA_CHUNK_CLOSED_EARLY
+
+
+cdef inline int media_program(media_t *m, uint32_t chunk, uint32_t sector, uint32_t n) noexcept nogil:
+    """Program *n* sectors whose data and OOB are in place already: check, then move the write pointer.
+
+    The order is data, OOB, write pointer: what lies below the pointer is whole at any instant.
+    """
+    cdef chunk_t *c = &m.chunks[chunk]
+    cdef uint32_t wp
+    cdef int status = media_check_write(m, chunk, sector, n)
+    if status != MEDIA_OK:
+        return status
+    if c.state == CHUNK_FREE:
+        chunk_set(c, CHUNK_OPEN, 0)
+        chunk_opened(m, chunk)
+    if c.flags & CHUNK_FAIL_WRITE:
+        return media_program_failed(m, chunk)
+    m.sectors_written += n
+    wp = sector + n
+    if c.type == CHUNK_RANDOM:
+        # The write pointer of a random chunk is not valid; it stays OPEN until it is reset.
+        chunk_set(c, CHUNK_OPEN, max(wp, c.wp))
+        return MEDIA_OK
+    if wp == c.cnlb:
+        chunk_not_open(m, chunk)
+        chunk_set(c, CHUNK_CLOSED, wp)
+    else:
+        chunk_set(c, CHUNK_OPEN, wp)
+    return MEDIA_OK
+
+
+cdef inline int media_write(media_t *m, uint64_t ppa, uint32_t n, const char *data, const char *oob) noexcept nogil:
+    """Write *n* sectors of one chunk from *ppa* on; *oob* may be NULL (the old OOB stays)."""
+    cdef int status
+    if not ppa_exists(m, ppa):
+        return MEDIA_WRITE_FAULT
+    status = media_check_write(m, ppa_chunk(m, ppa), ppa_sector(m, ppa), n)
+    if status != MEDIA_OK:
+        return status
+    if m.chunks[ppa_chunk(m, ppa)].state == CHUNK_FREE:
+        status = store_reserve(m, ppa_chunk(m, ppa))
+        if status != MEDIA_OK:
+            return status
+    if m.data != NULL:
+        memcpy(media_data(m, ppa), data, <size_t>n * m.geometry.sector_bytes)
+    if oob != NULL:
+        memcpy(media_oob(m, ppa), oob, <size_t>n * m.geometry.oob_bytes)
+    return media_program(m, ppa_chunk(m, ppa), ppa_sector(m, ppa), n)
+
+
+# --- read ---------------------------------------------------------------------------------------------------------
+
+cdef inline bint media_readable(const media_t *m, uint64_t ppa) noexcept nogil:
+    """Does *ppa* hold data that the host may read back? Spec: 2.0 section 2.4, mw_cunits."""
+    cdef const chunk_t *c
+    cdef uint32_t sector = ppa_sector(m, ppa)
+    if not ppa_exists(m, ppa):
+        return False
+    c = &m.chunks[ppa_chunk(m, ppa)]
+    if c.state == CHUNK_CLOSED:
+        return sector < c.wp
+    if c.state != CHUNK_OPEN:
+        return False
+    if c.type == CHUNK_RANDOM:
+        return sector < c.wp
+    return c.wp >= m.geometry.mw_cunits and sector < c.wp - m.geometry.mw_cunits
+
+
+cdef inline int media_read(media_t *m, uint64_t ppa, char *data, char *oob) noexcept nogil:
+    """Copy one sector (*data* and *oob* may be NULL). MEDIA_UNWRITTEN leaves both buffers alone."""
+    if not media_readable(m, ppa):
+        return MEDIA_UNWRITTEN
+    if data != NULL and m.data != NULL:
+        memcpy(data, media_data(m, ppa), m.geometry.sector_bytes)
+    if oob != NULL:
+        memcpy(oob, media_oob(m, ppa), m.geometry.oob_bytes)
+    m.chunks[ppa_chunk(m, ppa)].reads += 1
+    m.sectors_read += 1
+    return MEDIA_OK
+
+
+# --- reset and copy -----------------------------------------------------------------------------------------------
+
+cdef inline int media_check_reset(const media_t *m, uint32_t chunk) noexcept nogil:
+    cdef uint8_t state = m.chunks[chunk].state
+    if state == CHUNK_OFFLINE:
+        return MEDIA_OFFLINE
+    if state == CHUNK_FREE and not m.flags & MEDIA_MULTI_RESET:
+        return MEDIA_INVALID_RESET
+    if state == CHUNK_OPEN and not m.flags & MEDIA_EARLY_RESET:
+        return MEDIA_INVALID_RESET
+    return MEDIA_OK
+
+
+cdef inline uint8_t wear_index_of(const chunk_t *c) noexcept nogil:
+    """255 x used / limit, monotone. Spec: 2.0 chunk descriptor, WLI."""
+    if c.pe_limit == 0:
+        return 0
+    return <uint8_t>min(<uint64_t>255, 255 * <uint64_t>c.pe_cycles // c.pe_limit)
+
+
+cdef inline int media_reset(media_t *m, uint32_t chunk) noexcept nogil:
+    """Erase *chunk*: FREE, write pointer 0, one P/E cycle more. A worn-out or failing chunk goes OFFLINE instead."""
+    cdef chunk_t *c
+    cdef int status
+    if chunk >= m.geometry.total_chunks:
+        return MEDIA_INVALID_RESET
+    status = media_check_reset(m, chunk)
+    if status != MEDIA_OK:
+        return status
+    c = &m.chunks[chunk]
+    c.pe_cycles += 1
+    c.wear_index = wear_index_of(c)
+    if c.flags & CHUNK_FAIL_RESET or (c.pe_limit and c.pe_cycles >= c.pe_limit):
+        m.reset_failures += 1
+        chunk_go_offline(m, chunk)
+        return MEDIA_INVALID_RESET
+    if c.state == CHUNK_OPEN:
+        chunk_not_open(m, chunk)
+    c.reads = 0
+    m.chunks_reset += 1
+    chunk_set(c, CHUNK_FREE, 0)
+    return MEDIA_OK
+
+
+cdef inline int media_copy(media_t *m, const uint64_t *source, uint64_t target, uint32_t n) noexcept nogil:
+    """Copy *n* sectors (data and OOB) from anywhere to consecutive sectors of one chunk. Spec: 2.0 vector copy."""
+    cdef uint32_t i
+    cdef int status
+    for i in range(n):
+        if not media_readable(m, source[i]):
+            return MEDIA_UNWRITTEN
+    if not ppa_exists(m, target):
+        return MEDIA_WRITE_FAULT
+    status = media_check_write(m, ppa_chunk(m, target), ppa_sector(m, target), n)
+    if status != MEDIA_OK:
+        return status
+    for i in range(n):
+        if m.data != NULL:
+            memcpy(media_data(m, target + i), media_data(m, source[i]), m.geometry.sector_bytes)
+        memcpy(media_oob(m, target + i), media_oob(m, source[i]), m.geometry.oob_bytes)
+    m.sectors_read += n
+    return media_program(m, ppa_chunk(m, target), ppa_sector(m, target), n)
