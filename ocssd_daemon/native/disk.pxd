@@ -24,7 +24,7 @@ cdef extern from "errno.h" nogil:
 cdef enum:
     DISK_FUA = 1
     DISK_UNMAP = 2              # write_zeroes may deallocate
-    DISK_PIECE_BYTES = 64 << 20     # longest discard, write_zeroes or extent query that keeps one poll below 1 ms
+    DISK_PIECE_BYTES = 1 << 20      # discards and write_zeroes: longest piece that keeps one poll near 1 ms
     EXTENT_SECTORS = 65536      # sectors that one extent query looks at
 
 

@@ -55,6 +55,7 @@ cdef extern from *:
         uint32_t check
     uint32_t oob_mix "ocssd_oob_mix" (uint64_t seq, uint32_t lba, uint32_t ppa) noexcept nogil
     uint32_t data_hash "ocssd_data_hash" (const void *data, size_t n) noexcept nogil
+    const uint64_t OOB_HASHED "(1ull << 63)"
     int ctz64 "ocssd_ctz" (uint64_t v) noexcept nogil
 
 cdef enum:
@@ -75,8 +76,6 @@ cdef enum:                      # victim policies
     VICTIM_D_CHOICES = 2
     VICTIM_FIFO = 3
     VICTIM_RANDOM = 4
-
-cdef uint64_t OOB_HASHED = 1ull << 63
 
 
 ctypedef struct frontier_t:

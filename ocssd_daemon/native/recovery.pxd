@@ -53,6 +53,8 @@ cdef inline bint belongs(const ftl_t *f, uint32_t ppa) noexcept nogil:
     cdef uint32_t i
     if not ppa_exists(f.media, ppa):
         return False
+    if f.n_pus == f.media.geometry.total_pus:
+        return True
     for i in range(f.n_pus):
         if f.pus[i] == chunk_pu(f.media, ppa_chunk(f.media, ppa)):
             return True

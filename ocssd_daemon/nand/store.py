@@ -1,0 +1,275 @@
+"""Owns where the flash is kept: in RAM, or in one image file that is mapped and exclusively locked.
+
+The superblock has two slots that are written in turn, each with a generation and a checksum, so that a crash while one is
+written leaves the other. It says what the image is (geometry, uuid) and how it was left: ``clean`` means that the L2P is a
+checkpoint; ``boot_id`` tells a kill of the daemon (page cache intact) from a crash of the host.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import stat
+import struct
+import uuid
+import zlib
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from ocssd_daemon.nand.geometry import Geometry, GeometryError, from_dict
+from ocssd_daemon.nand.layout import (
+    CHUNK_DTYPE,
+    SUPERBLOCK_BYTES,
+    SUPERBLOCK_SLOTS,
+    Layout,
+    Region,
+    layout_of,
+)
+
+MAGIC = b"OCSSDIMG"
+VERSION = 1
+_HEADER = struct.Struct("<8sIIQI")  # magic, version, payload bytes, generation, crc32 of the payload
+CHUNK_FREE = 1
+CHUNK_SEQUENTIAL = 1
+
+
+class StoreError(Exception):
+    """The image cannot be used: one sentence that names the file, what is wrong and what to do."""
+
+
+class Superblock(msgspec.Struct):
+    """What the image says of itself (JSON inside its slot)."""
+
+    geometry: Geometry
+    uuid: str
+    clean: bool = False
+    boot_id: str = ""
+    durability: str = "process"
+    capacity_sectors: int = 0
+    seq: int = 0
+    counters: dict[str, int] = {}
+
+
+def boot_id() -> str:
+    """The running boot of this machine; a page cache lives exactly as long."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _decode_slot(raw: bytes) -> tuple[int, Superblock] | None:
+    magic, version, size, generation, crc = _HEADER.unpack_from(raw)
+    if magic != MAGIC or size > SUPERBLOCK_BYTES - _HEADER.size:
+        return None
+    payload = raw[_HEADER.size : _HEADER.size + size]
+    if zlib.crc32(payload) != crc:
+        return None
+    if version != VERSION:
+        raise StoreError(f"image format version {version} is not known to this program (it knows {VERSION})")
+    try:
+        return generation, msgspec.json.decode(payload, type=Superblock)
+    except msgspec.DecodeError as error:
+        raise StoreError(f"superblock cannot be read: {error}") from None
+
+
+class Store:
+    """The bytes of one device. ``chunks``, ``l2p``, ``oob`` and ``data`` are numpy views of it.
+
+    Acquires a mapping and, for a file, a descriptor with an exclusive lock; ``close`` releases both.
+    """
+
+    def __init__(self, memory: mmap.mmap, superblock: Superblock, fd: int, path: str | None) -> None:
+        self.superblock = superblock
+        self.fd = fd
+        self.path = path
+        self.layout: Layout = layout_of(superblock.geometry)
+        self._memory = memory
+        self._generation = 0
+        g = superblock.geometry
+        self.chunks = self._view(self.layout.chunks, CHUNK_DTYPE)
+        self.l2p = self._view(self.layout.l2p, np.dtype("<u4"))
+        self.oob = self._view(self.layout.oob, np.dtype("u1")).reshape(g.total_sectors, g.oob_bytes)
+        data = self.layout.data if len(memory) >= self.layout.size_bytes else Region(0, 0)
+        self.data = self._view(data, np.dtype("u1")).reshape(-1, g.sector_bytes)
+
+    def _view(self, region: Region, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+        count = region.size_bytes // dtype.itemsize
+        return np.frombuffer(self._memory, dtype, count, region.offset)
+
+    @property
+    def geometry(self) -> Geometry:
+        return self.superblock.geometry
+
+    def format_chunks(self) -> None:
+        """Every chunk FREE and sequential; nothing else of a fresh image needs to be written."""
+        self.chunks["type"] = CHUNK_SEQUENTIAL
+        self.chunks["cnlb"] = self.geometry.sectors
+        self.chunks["state"] = CHUNK_FREE
+
+    def save_superblock(self, **changes: Any) -> None:
+        """Write the changed superblock to the older slot."""
+        for name, value in changes.items():
+            setattr(self.superblock, name, value)
+        payload = msgspec.json.encode(self.superblock)
+        self._generation += 1
+        header = _HEADER.pack(MAGIC, VERSION, len(payload), self._generation, zlib.crc32(payload))
+        if len(header) + len(payload) > SUPERBLOCK_BYTES:
+            raise StoreError(f"{self.path}: superblock of {len(payload)} bytes does not fit its slot")
+        at = (self._generation % SUPERBLOCK_SLOTS) * SUPERBLOCK_BYTES
+        self._memory[at : at + len(header) + len(payload)] = header + payload
+
+    def sync(self) -> None:
+        """Bring a file's content to the host's disk; raises OSError when the disk refuses."""
+        if self.fd >= 0:
+            self._memory.flush()
+            os.fdatasync(self.fd)
+
+    def close(self) -> None:
+        """Release mapping and lock. Views handed out keep the mapping alive until they die."""
+        del self.chunks, self.l2p, self.oob, self.data
+        try:
+            self._memory.close()
+        except BufferError:
+            pass  # somebody still holds a view; the mapping goes with it
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def open_ram(geometry: Geometry, keep_data: bool = True) -> Store:
+    """A fresh device in anonymous memory, taken from the host only as it is written.
+
+    *keep_data* false: no memory for sector data is mapped (simulation); ``data`` is then empty.
+    """
+    layout = layout_of(geometry)
+    size = layout.size_bytes if keep_data else layout.data.offset
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+    memory = mmap.mmap(-1, max(size, mmap.PAGESIZE), flags=flags)
+    _advise_huge(memory)
+    superblock = Superblock(geometry, str(uuid.uuid4()))
+    store = Store(memory, superblock, -1, None)
+    store.format_chunks()
+    return store
+
+
+def _advise_huge(memory: mmap.mmap) -> None:
+    """Random reads of gigabytes miss the TLB on every access with 4 KiB pages."""
+    try:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    except (OSError, AttributeError):
+        pass  # a kernel without transparent huge pages
+
+
+def _lock(fd: int, path: str) -> None:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise StoreError(f"{path}: in use by another process; stop it, or choose another file") from None
+
+
+def _read_superblock(fd: int, path: str) -> tuple[int, Superblock] | None:
+    """The newest good slot; None for an image that is empty or all zeros there. Foreign content is refused."""
+    head = os.pread(fd, SUPERBLOCK_BYTES * SUPERBLOCK_SLOTS, 0)
+    head = head.ljust(SUPERBLOCK_BYTES * SUPERBLOCK_SLOTS, b"\0")
+    try:
+        slots = [_decode_slot(head[i * SUPERBLOCK_BYTES :]) for i in range(SUPERBLOCK_SLOTS)]
+    except StoreError as error:
+        raise StoreError(f"{path}: {error}") from None
+    good = [slot for slot in slots if slot is not None]
+    if good:
+        return max(good, key=lambda slot: slot[0])
+    if any(head) or _has_content(fd):
+        raise StoreError(
+            f"{path}: holds something that is not an image of this program; it is left alone "
+            "(use an empty or zero-filled file)"
+        )
+    return None
+
+
+def _has_content(fd: int) -> bool:
+    """Is any byte of the file not zero? Holes are skipped, so that a sparse file costs nothing."""
+    size = os.fstat(fd).st_size
+    at = 0
+    while at < size:
+        try:
+            at = os.lseek(fd, at, os.SEEK_DATA)
+        except OSError:
+            return False
+        piece = os.pread(fd, 4 << 20, at)
+        if not piece:
+            return False
+        if piece.count(0) != len(piece):
+            return True
+        at += len(piece)
+    return False
+
+
+def _open_fd(path: str) -> int:
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be opened: {error.strerror}") from None
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise StoreError(f"{path}: is not a regular file")
+    return fd
+
+
+def _map(fd: int, size_bytes: int, path: str) -> mmap.mmap:
+    try:
+        if os.fstat(fd).st_size < size_bytes:
+            os.ftruncate(fd, size_bytes)
+        return mmap.mmap(fd, size_bytes, mmap.MAP_SHARED)
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be mapped ({size_bytes} bytes): {error.strerror}") from None
+
+
+def open_file(path: str, wanted: Geometry, explicit: bool = False) -> Store:
+    """Open or format the image at *path*.
+
+    An image keeps the geometry that it was made with; *explicit* says that the user asked for *wanted*, and a difference
+    is then refused. Raises StoreError with one sentence; nothing is left open then.
+    """
+    created = not os.path.exists(path)
+    fd = _open_fd(path)
+    try:
+        return _open_image(fd, path, wanted, explicit)
+    except BaseException:
+        os.close(fd)
+        if created:
+            os.unlink(path)
+        raise
+
+
+def _open_image(fd: int, path: str, wanted: Geometry, explicit: bool) -> Store:
+    _lock(fd, path)
+    found = _read_superblock(fd, path)
+    superblock = found[1] if found else Superblock(wanted, str(uuid.uuid4()))
+    try:
+        from_dict(msgspec.structs.asdict(superblock.geometry))
+    except GeometryError as error:
+        raise StoreError(f"{path}: damaged superblock: {error}") from None
+    if explicit and superblock.geometry != wanted:
+        raise StoreError(f"{path}: {_difference(superblock.geometry, wanted)}")
+    store = Store(_map(fd, layout_of(superblock.geometry).size_bytes, path), superblock, fd, path)
+    if found:
+        store._generation = found[0]
+    else:
+        store.format_chunks()
+        store.save_superblock()
+    return store
+
+
+def _difference(image: Geometry, wanted: Geometry) -> str:
+    for field in Geometry.__struct_fields__:
+        if getattr(image, field) != getattr(wanted, field):
+            return (
+                f"the image was made with geometry.{field} = {getattr(image, field)}, not {getattr(wanted, field)}; "
+                "leave the geometry out, or use another file"
+            )
+    raise AssertionError("no difference")
