@@ -7,6 +7,7 @@ checkpoint; ``boot_id`` tells a kill of the daemon (page cache intact) from a cr
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import mmap
 import os
@@ -132,10 +133,8 @@ class Store:
     def close(self) -> None:
         """Release mapping and lock. Views handed out keep the mapping alive until they die."""
         del self.chunks, self.l2p, self.oob, self.data
-        try:
+        with contextlib.suppress(BufferError):  # somebody still holds a view; the mapping goes with it
             self._memory.close()
-        except BufferError:
-            pass  # somebody still holds a view; the mapping goes with it
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
@@ -159,10 +158,8 @@ def open_ram(geometry: Geometry, keep_data: bool = True) -> Store:
 
 def _advise_huge(memory: mmap.mmap) -> None:
     """Random reads of gigabytes miss the TLB on every access with 4 KiB pages."""
-    try:
+    with contextlib.suppress(OSError, AttributeError):  # a kernel without transparent huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
-    except (OSError, AttributeError):
-        pass  # a kernel without transparent huge pages
 
 
 def _lock(fd: int, path: str) -> None:
@@ -232,8 +229,8 @@ def _map(fd: int, size_bytes: int, path: str) -> mmap.mmap:
 def open_file(path: str, wanted: Geometry, explicit: bool = False) -> Store:
     """Open or format the image at *path*.
 
-    An image keeps the geometry that it was made with; *explicit* says that the user asked for *wanted*, and a difference
-    is then refused. Raises StoreError with one sentence; nothing is left open then.
+    An image keeps the geometry that it was made with; *explicit* says that the user asked for *wanted*, and a
+    difference is then refused. Raises StoreError with one sentence; nothing is left open then.
     """
     created = not os.path.exists(path)
     fd = _open_fd(path)
