@@ -1,8 +1,8 @@
 """Owns where the flash is kept: in RAM, or in one image file that is mapped and exclusively locked.
 
-The superblock has two slots that are written in turn, each with a generation and a checksum, so that a crash while one is
-written leaves the other. It says what the image is (geometry, uuid) and how it was left: ``clean`` means that the L2P is a
-checkpoint; ``boot_id`` tells a kill of the daemon (page cache intact) from a crash of the host.
+The superblock has two slots that are written in turn, each with a generation and a checksum, so that a crash while
+one is written leaves the other. It says what the image is (geometry, uuid) and how it was left: ``clean`` means that
+the L2P is a checkpoint; ``boot_id`` tells a kill of the daemon (page cache intact) from a crash of the host.
 """
 
 from __future__ import annotations
