@@ -1,6 +1,7 @@
 """Owns one decision: is a program or condition that a test needs there, and if not, skip or fail?
 
-With ``OCSSD_REQUIRE_ALL=1`` a missing requirement is a failure, so that a green run means that every test ran.
+With ``OCSSD_REQUIRE_ALL=1`` a missing requirement is a failure, so that a green run means that every test
+ran.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import pytest
 
 
 def missing(what: str, install: str) -> None:
-    """Skip the running test with one line that says what to install; fail instead under OCSSD_REQUIRE_ALL=1."""
+    """Skip the running test with one line that says what to install; under OCSSD_REQUIRE_ALL=1, fail."""
     line = f"needs {what}: {install}"
     if os.environ.get("OCSSD_REQUIRE_ALL") == "1":
         pytest.fail(line, pytrace=False)
