@@ -54,11 +54,11 @@ def compiled(name: str) -> str:
 
 
 def run_json(command: Sequence[str], timeout_s: float = 900) -> Result:
-    """Run *command* and return the JSON object that it prints; a failure raises with what it said."""
+    """Run *command* and return the JSON object that ends its output; a failure raises with what it said."""
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed ({done.returncode}): {done.stderr.strip()[-500:]}")
-    result: Result = json.loads(done.stdout)
+    result: Result = json.loads(done.stdout[done.stdout.index("{") :])
     return result
 
 
