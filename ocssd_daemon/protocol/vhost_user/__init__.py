@@ -1,0 +1,1 @@
+"""vhost-user without I/O: wire layouts, typed messages and the session state machine of a block back end."""
