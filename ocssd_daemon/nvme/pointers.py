@@ -1,0 +1,99 @@
+"""Owns the walk over a command's data pointer, PRP or SGL, for whoever moves the bytes in Python (the admin
+queue).
+
+NVM Express Base 1.3, 4.3 (PRP) and 4.4 (SGL). Results are ``(address, length)`` pieces of guest memory in
+order. The I/O queues do the same in C (``native/nvmeq.pxd``); a test holds the two walks together. Lists are
+bounded by the transfer length, so a list that loops ends.
+"""
+
+from __future__ import annotations
+
+from construct import Container
+
+from ..protocol.nvme.commands import SglDescriptor, SglType
+from ..protocol.nvme.status import Status
+from .ports import GuestMemory
+
+Piece = tuple[int, int]
+PRP_BYTES = 8
+SGL_BYTES = 16
+MAX_SGL_SEGMENTS = 256
+
+
+class PointerError(Exception):
+    """The data pointer cannot be followed; ``status`` says why."""
+
+    def __init__(self, status: Status) -> None:
+        super().__init__(status.text)
+        self.status = status
+
+
+async def pieces(memory: GuestMemory, command: Container, length_bytes: int, page_bytes: int) -> list[Piece]:
+    """Where the *length_bytes* of the command's data lie. Raises :class:`PointerError` or ``MemoryFault``."""
+    if not length_bytes:
+        return []
+    if command.psdt == 0:
+        return await prp_pieces(memory, command.prp1, command.prp2, length_bytes, page_bytes)
+    if command.psdt == 3:
+        raise PointerError(Status.INVALID_FIELD)
+    return await sgl_pieces(memory, command.dptr, length_bytes)
+
+
+async def prp_pieces(memory: GuestMemory, prp1: int, prp2: int, length_bytes: int,
+                     page_bytes: int) -> list[Piece]:
+    if prp1 % 4:
+        raise PointerError(Status.PRP_OFFSET_INVALID)
+    first = min(length_bytes, page_bytes - prp1 % page_bytes)
+    found, left = [(prp1, first)], length_bytes - first
+    if left > page_bytes:
+        return found + await _prp_list(memory, prp2, left, page_bytes)
+    if left and prp2 % page_bytes:
+        raise PointerError(Status.PRP_OFFSET_INVALID)
+    return found + ([(prp2, left)] if left else [])
+
+
+async def _prp_list(memory: GuestMemory, address: int, left: int, page_bytes: int) -> list[Piece]:
+    found: list[Piece] = []
+    if address % PRP_BYTES:
+        raise PointerError(Status.PRP_OFFSET_INVALID)
+    while left:
+        pages = -(-left // page_bytes)
+        room = (page_bytes - address % page_bytes) // PRP_BYTES
+        count = min(pages, room)
+        raw = await memory.read(address, count * PRP_BYTES)
+        entries = [int.from_bytes(raw[i:i + PRP_BYTES], "little") for i in range(0, len(raw), PRP_BYTES)]
+        if any(entry % page_bytes for entry in entries):
+            raise PointerError(Status.PRP_OFFSET_INVALID)
+        if pages > room:                # the last entry points to the next list
+            address = entries.pop()
+        for entry in entries:
+            found.append((entry, min(left, page_bytes)))
+            left -= found[-1][1]
+    return found
+
+
+async def sgl_pieces(memory: GuestMemory, descriptor: bytes, length_bytes: int) -> list[Piece]:
+    found: list[Piece] = []
+    left, queue, last = length_bytes, [SglDescriptor.parse(descriptor)], False
+    for _ in range(MAX_SGL_SEGMENTS):
+        following = None
+        for index, entry in enumerate(queue):
+            if entry.subtype:
+                raise PointerError(Status.SGL_TYPE_INVALID)
+            if entry.type in (SglType.SEGMENT, SglType.LAST_SEGMENT):
+                if last or index != len(queue) - 1 or not entry.length or entry.length % SGL_BYTES:
+                    raise PointerError(Status.SGL_SEGMENT_INVALID)
+                following, last = entry, entry.type == SglType.LAST_SEGMENT
+            elif entry.type == SglType.DATA_BLOCK:
+                take = min(left, entry.length)
+                found += [(entry.address, take)] if take else []
+                left -= take
+            else:
+                raise PointerError(Status.SGL_TYPE_INVALID)
+        if following is None:
+            break
+        raw = await memory.read(following.address, following.length)
+        queue = [SglDescriptor.parse(raw[i:i + SGL_BYTES]) for i in range(0, len(raw), SGL_BYTES)]
+    if left:
+        raise PointerError(Status.DATA_SGL_LENGTH)
+    return found
