@@ -57,8 +57,8 @@ def _firmware(controller: Controller, _nsid: int) -> bytes:
 
 def _effects(controller: Controller, _nsid: int) -> bytes:
     def row(supported: frozenset[int], content: frozenset[int]) -> list[int]:
-        changes = [layout.EFFECT_CONTENT if opcode in content else 0 for opcode in range(256)]
-        return [layout.EFFECT_SUPPORTED | changes[opcode] if opcode in supported else 0 for opcode in range(256)]
+        bits = [layout.EFFECT_SUPPORTED | (layout.EFFECT_CONTENT if o in content else 0) for o in range(256)]
+        return [bits[opcode] if opcode in supported else 0 for opcode in range(256)]
     return layout.EffectsLog.build({"admin": row(controller.admin_opcodes, frozenset({0x80})),
                                     "io": row(controller.io_opcodes, CONTENT_COMMANDS)})
 
