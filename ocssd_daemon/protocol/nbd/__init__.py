@@ -1,0 +1,1 @@
+"""NBD: the wire format and the negotiation, without I/O."""
