@@ -1,0 +1,57 @@
+# One door each: run, test, lint, bench. Each does all of its own set-up, so it works on a fresh checkout.
+
+PYTHON  ?= python3
+VENV    ?= .venv
+RUN_DIR ?= $(CURDIR)/run
+BIN     := $(VENV)/bin
+PYTEST_ARGS ?=
+BENCH_ARGS  ?=
+
+NATIVE := $(shell find ocssd_daemon -name '*.pyx' -o -name '*.pxd' -o -name '*.h')
+
+.PHONY: help run test lint bench build dev deps clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make run    build, then serve a disk from RAM and print how to attach it"
+	@echo "make test   lint and every test; as root on Debian/Ubuntu it installs the programs they need"
+	@echo "make lint   ruff, mypy, cython-lint, import layers"
+	@echo "make bench  speed beside other servers, as tables and JSON"
+	@echo "make clean  remove what the above made"
+
+# The interpreter and what the daemon itself needs.
+$(VENV)/.runtime: pyproject.toml tools/make-venv $(NATIVE)
+	@PYTHON="$(PYTHON)" tools/make-venv "$(VENV)" cli
+	@touch $@
+
+# The same, and what tests and lint need.
+$(VENV)/.dev: $(VENV)/.runtime
+	@PYTHON="$(PYTHON)" tools/make-venv "$(VENV)" cli,test,lint
+	@touch $@
+
+build: $(VENV)/.runtime
+dev: $(VENV)/.dev
+
+# Programs from the distribution that tests run beside ours.
+deps:
+	@tools/install-test-deps
+
+run: build
+	@mkdir -p "$(RUN_DIR)"
+	@$(BIN)/ocssd-daemon --socket "$(RUN_DIR)/vhost-user.sock" --nbd "unix:$(RUN_DIR)/nbd.sock" --show-attach $(RUN_ARGS)
+
+lint: dev
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/cython-lint ocssd_daemon
+	@$(BIN)/lint-imports --no-logo
+
+test: dev deps lint
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench: dev deps
+	@$(BIN)/python -m bench $(BENCH_ARGS)
+
+clean:
+	rm -rf "$(VENV)" build run *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find ocssd_daemon \( -name '*.so' -o -name '*.c' \) -delete
