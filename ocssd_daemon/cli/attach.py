@@ -1,0 +1,41 @@
+"""Owns the command lines that a user pastes to attach the disk. Each works as it stands."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+
+GUEST_MEMORY = "1G"
+
+
+def qemu_line(socket: str) -> str:
+    """A stock QEMU with the disk as /dev/vda: vhost-user needs the guest's memory to be shared with us."""
+    path = socket.replace(",", ",,")  # QEMU's way to quote a comma inside an option
+    return " ".join(
+        [
+            "qemu-system-x86_64",
+            "-machine q35,accel=kvm:tcg,memory-backend=mem",
+            f"-m {GUEST_MEMORY} -object memory-backend-memfd,id=mem,size={GUEST_MEMORY},share=on",
+            f"-chardev {shlex.quote(f'socket,id=ocssd,path={path}')}",
+            "-device vhost-user-blk-pci,chardev=ocssd",
+            "-nographic",
+        ]
+    )
+
+
+# By the names that --run exports; the order is the order on the screen.
+SECTIONS: dict[str, tuple[str, Callable[[str], str]]] = {
+    "socket": ("QEMU (add your guest's own -drive, -cdrom or -kernel):", qemu_line),
+    "uri": ("NBD clients (nbdinfo, nbdcopy, qemu-img, fio, nbd-client):", shlex.quote),
+    "ctl": ("ocssd:", lambda path: f"ocssd --control {shlex.quote(path)} stats"),
+}
+
+
+def attach_text(environment: dict[str, str]) -> str:
+    """All lines, under headings."""
+    parts = [
+        f"{heading}\n  {line(environment[name])}"
+        for name, (heading, line) in SECTIONS.items()
+        if name in environment
+    ]
+    return "\n\n" + "\n\n".join(parts) + "\n\nCtrl-C stops it.\n"

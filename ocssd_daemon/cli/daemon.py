@@ -1,0 +1,199 @@
+"""``ocssd-daemon``: owns its arguments and its exit codes, and turns what goes wrong at start into one line.
+
+Flags that name a setting are that setting's short form and win over the configuration file; ``--set`` wins
+over both. Exit codes: 0 a clean end, 1 failed while starting or running, 2 usage or settings; with
+``--run``, the command's.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from ocssd_daemon import __version__
+from ocssd_daemon import settings as sets
+from ocssd_daemon.log import LEVELS, configure
+
+if TYPE_CHECKING:
+    from ocssd_daemon.daemon import Daemon
+
+CAPABILITIES = {"type": "block", "features": ["read-only", "blk-file"]}  # docs/interop/vhost-user.rst
+
+# Flags that are the short form of a setting.
+SHORT_FORMS = {
+    "socket_path": "vhost.socket",
+    "nbd": "nbd.listen",
+    "control": "control.socket",
+    "store": "store",
+    "size": "size",
+    "durability": "durability",
+    "read_only": "read_only",
+}
+
+WAYS = """no transport named; name one or more of these ways to attach the disk:
+  --socket /run/ocssd.sock           vhost-user-blk, for QEMU and other virtual machine monitors
+  --nbd unix:/run/ocssd-nbd.sock     NBD over a Unix socket, for clients on this machine
+  --nbd tcp:127.0.0.1:10809          NBD over TCP"""
+
+
+def fail(line: str, code: int) -> NoReturn:
+    """End with one line on stderr."""
+    click.echo(f"ocssd-daemon: {line}", err=True)
+    sys.exit(code)
+
+
+def _short_forms(flags: dict[str, Any]) -> dict[str, sets.Given]:
+    """What the flags set: only those that were given."""
+    return {
+        key: sets.Given(flags[name], f"--{name.replace('_', '-')}")
+        for name, key in SHORT_FORMS.items()
+        if flags[name] not in (None, (), False)
+    }
+
+
+def _layers(flags: dict[str, Any]) -> list[dict[str, sets.Given]]:
+    return [
+        sets.from_preset(flags["preset"]),
+        sets.from_toml(flags["config"]) if flags["config"] else {},
+        _short_forms(flags),
+        sets.from_assignments(flags["assignments"]),
+    ]
+
+
+def _print_capabilities(context: click.Context, parameter: click.Parameter, wanted: bool) -> None:
+    if wanted and not context.resilient_parsing:
+        import json
+
+        click.echo(json.dumps(CAPABILITIES))
+        context.exit()
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.option(
+    "--socket",
+    "--socket-path",
+    "socket_path",
+    metavar="PATH",
+    help="Serve vhost-user-blk at this Unix socket.",
+)
+@click.option(
+    "--fd", type=click.IntRange(0), metavar="N", help="Serve vhost-user-blk on this inherited socket."
+)
+@click.option(
+    "--nbd", multiple=True, metavar="ADDRESS", help="Serve NBD at unix:PATH or tcp:HOST:PORT. Repeatable."
+)
+@click.option(
+    "--control", metavar="PATH", help="Control socket for ocssd; default: the first socket's path + .ctl."
+)
+@click.option(
+    "--store", "--blk-file", metavar="FILE", help="Keep the flash in this image file; default: RAM."
+)
+@click.option(
+    "--size", metavar="SIZE", help="Raw flash, such as 4G; the disk is smaller by the over-provisioning."
+)
+@click.option("--preset", default="default", metavar="NAME", help=f"Start from: {', '.join(sets.PRESETS)}.")
+@click.option("--config", metavar="FILE", help="Settings in TOML.")
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="One setting. Repeatable.")
+@click.option(
+    "--durability", metavar="process|host", help="What a FLUSH survives; host: also a crash of this machine."
+)
+@click.option("--read-only", is_flag=True, help="Refuse every write.")
+@click.option(
+    "--pidfile", metavar="PATH", help="Write the process id here when ready; locked, removed at the end."
+)
+@click.option(
+    "--run", metavar="COMMAND", help="When ready run this with $uri, $socket and $ctl; end when it ends."
+)
+@click.option("--exit-with-parent", is_flag=True, help="End when the parent process does.")
+@click.option("--show-attach", is_flag=True, help="When ready print the command lines that attach the disk.")
+@click.option("--check", is_flag=True, help="Only check the settings; say what the device would be.")
+@click.option(
+    "--print-capabilities",
+    is_flag=True,
+    expose_value=False,
+    is_eager=True,
+    callback=_print_capabilities,
+    help="What this vhost-user back end can do, as JSON.",
+)
+@click.option("--log-level", type=click.Choice(LEVELS), default="info", help="Least severe lines to log.")
+@click.version_option(__version__, prog_name="ocssd-daemon")
+def main(**flags: Any) -> None:
+    """Emulate an Open-Channel SSD and serve it as a disk over sockets, until a signal ends it."""
+    configure(flags["log_level"], journal="JOURNAL_STREAM" in os.environ)
+    try:
+        layers = _layers(flags)
+        settings = sets.build(*layers)
+    except sets.SettingsError as error:
+        fail(str(error), 2)
+    if flags["check"]:
+        _say_checked(settings)
+        return
+    sys.exit(_serve(settings, flags, sets.named(*layers)))
+
+
+def _say_checked(settings: sets.Settings) -> None:
+    geometry = settings.geometry
+    click.echo(
+        f"good: {geometry.groups} groups, {geometry.pus} PUs each, {geometry.chunks} chunks each, "
+        f"{geometry.sectors} sectors each, {geometry.raw_bytes} bytes of flash"
+    )
+
+
+def _serve(settings: sets.Settings, flags: dict[str, Any], named: frozenset[str]) -> int:
+    # Imported late: --help, --check and a wrong setting need none of it.
+    import trio
+
+    from ocssd_daemon.daemon import Daemon, Options
+    from ocssd_daemon.nand.store import StoreError
+    from ocssd_daemon.pidfile import PidfileError
+    from ocssd_daemon.transport.listen import ListenError, inherited
+
+    options = Options(
+        fd=flags["fd"],
+        pidfile=flags["pidfile"],
+        run=flags["run"],
+        exit_with_parent=flags["exit_with_parent"],
+        on_ready=_show_attach if flags["show_attach"] else None,
+        named=named,
+    )
+    try:
+        passed = inherited()
+        _check_ways(settings, options, passed)
+        return trio.run(Daemon(settings, options, passed).main)
+    except sets.SettingsError as error:
+        fail(str(error), 2)
+    except (PidfileError, ListenError, StoreError) as error:
+        fail(str(error), 1)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _check_ways(settings: sets.Settings, options: Any, passed: dict[str, Any]) -> None:
+    """Refuse what names no transport, or names one twice over. Exits with code 2."""
+    from ocssd_daemon.doors import DOORS
+
+    named = [door.name for door in DOORS.values() if door.addresses(settings)]
+    unknown = passed.keys() - DOORS.keys() - {"control"}
+    if unknown:
+        fail(f"FileDescriptorName={min(unknown)}: must be one of {', '.join(DOORS)}, control", 2)
+    if passed and (named or options.fd is not None or options.run is not None):
+        fail(
+            "sockets were passed by the service manager: --socket, --fd, --nbd and --run are not for here", 2
+        )
+    if options.fd is not None and settings.vhost.socket is not None:
+        fail("--fd and --socket exclude each other", 2)
+    if not named and not passed.keys() & DOORS.keys() and options.fd is None:
+        fail(WAYS, 2)
+
+
+def _show_attach(daemon: Daemon) -> None:
+    from ocssd_daemon.cli.attach import attach_text
+
+    click.echo(attach_text(daemon.environment()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""Owns the assembly of one device: settings → flash, FTL, disk and the reactor that runs them.
+
+Transports and the control socket get a ``Device`` and nothing else. They ask it for the disk and the
+reactor, tell it their counters, and take a token from it under which the reactor reports to them. Reports
+wait in the reactor behind an eventfd; ``dispatch`` hands them to whoever holds the token.
+
+Knows no socket and no event loop.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ocssd_daemon._fast import Reactor
+from ocssd_daemon.ftl.target import Target, open_target
+from ocssd_daemon.log import kv
+from ocssd_daemon.nand.store import Store, open_file, open_ram
+from ocssd_daemon.settings import Settings, names_geometry
+
+log = logging.getLogger(__name__)
+
+Counters = Mapping[str, int | float]
+
+
+class DeviceError(ValueError):
+    """Settings that are sound one by one but make no device; one line."""
+
+
+class Device:
+    """One emulated Open-Channel SSD.
+
+    ``media``, ``ftl``, ``disk`` and ``reactor`` are the compiled parts; ``geometry`` is the flash's shape.
+    *named* are the settings that somebody gave: they are kept or refused, defaults may be bent to fit.
+    Acquires the image and its lock until ``close``. Raises DeviceError and StoreError.
+    """
+
+    def __init__(self, settings: Settings, named: frozenset[str] = frozenset()) -> None:
+        self.settings = settings
+        self.store = _open_store(settings, named)
+        try:
+            self.target = _open_target(settings, named, self.store)
+        except BaseException:
+            self.store.close()
+            raise
+        self.geometry = self.store.geometry
+        self.media = self.target.media
+        self.ftl = self.target.ftl
+        self.disk = self.target.disk
+        self.reactor = Reactor(settings.reactor.poll_us)
+        self._transports: dict[str, Callable[[], Counters]] = {}
+        self._reports: dict[int, Callable[[int], None]] = {}
+        self._last_token = 0
+        self._thread: threading.Thread | None = None
+
+    def close(self) -> None:
+        """Clean stop of a device whose reactor stands still: program the buffers, leave a checkpoint."""
+        self.target.close()
+        self.store.close()
+
+    # The reactor: one named thread, which runs without the GIL.
+
+    def start(self, on_end: Callable[[], None] = lambda: None) -> None:
+        """Start the loop that serves requests; *on_end* is called in its thread when it ends."""
+
+        def run() -> None:
+            self.reactor.run()
+            on_end()
+
+        self._thread = threading.Thread(target=run, name="reactor", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop the loop and wait for it; what it had deferred is completed first."""
+        self.reactor.stop()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def touch(self) -> None:
+        """Returns once the loop has given its lock away, which it does within a millisecond while it lives."""
+        with self.reactor.paused():
+            pass
+
+    # What transports register.
+
+    def add_transport(self, name: str, stats: Callable[[], Counters]) -> None:
+        """Show a transport's counters under *name*."""
+        self._transports[name] = stats
+
+    def remove_transport(self, name: str) -> None:
+        self._transports.pop(name, None)
+
+    def new_token(self, handler: Callable[[int], None]) -> int:
+        """A token for ``source_t.token``. *handler* gets the code of each report and must not block."""
+        self._last_token += 1
+        self._reports[self._last_token] = handler
+        return self._last_token
+
+    def forget(self, token: int) -> None:
+        """Drop what is still reported under *token*."""
+        self._reports.pop(token, None)
+
+    def dispatch(self) -> None:
+        """Hand all waiting reports to their owners. A report whose owner has gone is dropped."""
+        for token, code in self.reactor.events():
+            handler = self._reports.get(token)
+            if handler is None:
+                log.debug(kv("reactor.report_dropped", token=token, code=code))
+            else:
+                handler(code)
+
+    # What operators see.
+
+    def disk_info(self) -> dict[str, Any]:
+        """The block view's facts."""
+        return {
+            "size_bytes": self.disk.size_bytes,
+            "block_bytes": self.disk.block_bytes,
+            "read_only": self.disk.read_only,
+            "store": self.settings.store or "RAM",
+            "started": self.target.how_started,
+        }
+
+    def stats(self) -> dict[str, Any]:
+        """Every counter, by part; names are the same everywhere."""
+        with self.reactor.paused():
+            return {
+                "ftl": self.ftl.stats(),
+                "media": self.media.stats(),
+                "reactor": self.reactor.stats(),
+                "transports": {name: dict(stats()) for name, stats in self._transports.items()},
+            }
+
+
+def _open_store(settings: Settings, named: frozenset[str]) -> Store:
+    if settings.store is None:
+        return open_ram(settings.geometry)
+    return open_file(settings.store, settings.geometry, names_geometry(named))
+
+
+def _open_target(settings: Settings, named: frozenset[str], store: Store) -> Target:
+    ftl = settings.ftl
+    try:
+        return open_target(
+            store,
+            op=ftl.op,
+            op_is_exact="ftl.op" in named,
+            block_bytes=ftl.block_bytes,
+            durability=settings.durability,
+            read_only=settings.read_only,
+            victim=ftl.victim,
+            frontiers=ftl.frontiers,
+            reserve_lines=ftl.reserve_lines,
+            seed=settings.seed,
+        )
+    except ValueError as error:
+        raise DeviceError(str(error)) from None

@@ -1,0 +1,361 @@
+"""Owns the settings: every key with its default and its rule, and how text becomes one checked tree.
+
+A key is a path such as ``geometry.chunks``; it means the same in the TOML file, in ``--set`` and in the
+control socket. Sources are layered (defaults, preset, file, command line) as flat ``{key: Given}`` tables
+and checked key by key, so that an error can name the key, the value, where it came from and the rule. Rules
+that span several keys of the geometry are not here but with the geometry itself. A key exists only if
+something obeys it.
+
+Units are in the names; keys that end in ``_bytes``, and ``size``, also take text such as ``4K`` or ``1.5G``
+(powers of 1024).
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import msgspec
+from msgspec import UNSET, Meta
+
+from ocssd_daemon.nand.geometry import Geometry, GeometryError, validate
+
+KIB = 1024
+MIN_CHUNKS_FOR_SIZE = 64  # below this many chunks per PU, `size` makes chunks smaller instead of fewer
+
+
+class SettingsError(ValueError):
+    """A setting that cannot be: one line with key, value, where the value came from, and the rule."""
+
+    def __init__(self, key: str, rule: str, value: object = UNSET, source: str = "") -> None:
+        self.key = key
+        named = key if value is UNSET else f"{key}={_shown(value)}"
+        super().__init__(f"{named}{f' ({source})' if source else ''}: {rule}")
+
+
+class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A table of settings; each field is a key or a table below it."""
+
+
+def _int(low: int, high: int, text: str) -> Meta:
+    return Meta(ge=low, le=high, description=text)
+
+
+def _number_from(low: float, high: float, text: str) -> Meta:
+    return Meta(ge=low, le=high, description=text)
+
+
+def _text(text: str) -> Meta:
+    return Meta(description=text)
+
+
+class FtlSettings(Section, frozen=True):
+    """The host FTL that makes a plain disk of the flash."""
+
+    op: Annotated[float, _number_from(0.02, 9.0, "spare flash as a share of the disk")] = 0.11
+    victim: Annotated[
+        Literal["greedy", "cost-benefit", "d-choices", "fifo", "random"],
+        _text("how garbage collection picks its line"),
+    ] = "greedy"
+    frontiers: Annotated[int, _int(1, 2, "open lines: 2 keeps user data and moved data apart")] = 2
+    reserve_lines: Annotated[int, _int(2, 1 << 16, "free lines that only garbage collection may use")] = 2
+    block_bytes: Annotated[
+        Literal[512, 1024, 2048, 4096, 8192, 16384, 32768, 65536],
+        _text("the disk's logical block: at most a sector"),
+    ] = 512
+
+
+class ReactorSettings(Section, frozen=True):
+    """The loop that moves all data."""
+
+    poll_us: Annotated[int, _int(0, 1_000_000, "longest time to poll before sleeping; 0 sleeps at once")] = 50
+
+
+class VhostSettings(Section, frozen=True):
+    """vhost-user-blk."""
+
+    socket: Annotated[str | None, _text("path of the Unix socket that QEMU connects to")] = None
+    num_queues: Annotated[int, _int(1, 256, "most queues that a guest may use")] = 64
+    serial: Annotated[str, Meta(max_length=20, description="serial number that the guest reads")] = "ocssd"
+
+
+class NbdSettings(Section, frozen=True):
+    """NBD."""
+
+    listen: Annotated[tuple[str, ...], _text("addresses: unix:PATH or tcp:HOST:PORT")] = ()
+
+
+class ControlSettings(Section, frozen=True):
+    """The control socket."""
+
+    socket: Annotated[str | None, _text("path of its Unix socket; default: first transport's + .ctl")] = None
+
+
+class Settings(Section, frozen=True):
+    """Everything that can be set."""
+
+    size: Annotated[
+        int | None, _text("raw flash in bytes: sets geometry.chunks, and for small devices geometry.sectors")
+    ] = None
+    store: Annotated[str | None, _text("image file that keeps the flash; default: RAM")] = None
+    durability: Annotated[
+        Literal["process", "host"], _text("what FLUSH survives: a crash of this process, or one of the host")
+    ] = "process"
+    read_only: Annotated[bool, _text("refuse every write")] = False
+    seed: Annotated[int, _int(0, (1 << 63) - 1, "seed of everything random")] = 0
+    geometry: Geometry = Geometry()
+    ftl: FtlSettings = FtlSettings()
+    reactor: ReactorSettings = ReactorSettings()
+    vhost: VhostSettings = VhostSettings()
+    nbd: NbdSettings = NbdSettings()
+    control: ControlSettings = ControlSettings()
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "tiny": {  # small enough to draw on a board
+        "geometry.groups": 1,
+        "geometry.pus": 4,
+        "geometry.chunks": 64,
+        "geometry.sectors": 64,
+    },
+    "wide": {  # as many parallel units as a data-centre drive
+        "geometry.groups": 8,
+        "geometry.pus": 8,
+        "geometry.chunks": 128,
+        "geometry.sectors": 1024,
+    },
+}
+
+
+class Given(NamedTuple):
+    """A value that somebody set, and where."""
+
+    value: Any
+    source: str
+
+
+Layer = Mapping[str, Given]
+
+
+class Leaf(NamedTuple):
+    """One key: its type with its rule, and its default."""
+
+    type: Any
+    default: Any
+
+
+def _walk(section: type[msgspec.Struct], prefix: str = "") -> Iterator[tuple[str, Leaf]]:
+    for field in msgspec.structs.fields(section):
+        key = prefix + field.name
+        if isinstance(field.type, type) and issubclass(field.type, msgspec.Struct):
+            yield from _walk(field.type, key + ".")
+        else:
+            yield key, Leaf(field.type, field.default)
+
+
+KEYS: dict[str, Leaf] = dict(_walk(Settings))
+
+
+# Sources: each becomes a flat table of what it sets.
+
+
+def from_preset(name: str) -> dict[str, Given]:
+    """The settings of a preset. Raises SettingsError for an unknown name."""
+    if name not in PRESETS:
+        raise SettingsError("preset", f"no such preset; there are {', '.join(PRESETS)}", name)
+    return {key: Given(value, f"preset {name}") for key, value in PRESETS[name].items()}
+
+
+def from_toml(path: str) -> dict[str, Given]:
+    """The settings of a TOML file. Raises SettingsError if it cannot be read or parsed."""
+    try:
+        tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError("config", error.strerror or str(error), path) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError("config", str(error), path) from None
+    return dict(_flatten(tree, path))
+
+
+def _flatten(table: Mapping[str, Any], source: str, prefix: str = "") -> Iterator[tuple[str, Given]]:
+    for name, value in table.items():
+        if isinstance(value, dict) and prefix + name not in KEYS:
+            yield from _flatten(value, source, prefix + name + ".")
+        else:
+            yield prefix + name, Given(value, source)
+
+
+def from_assignments(texts: Iterable[str]) -> dict[str, Given]:
+    """The settings of ``--set key=value`` arguments. Raises SettingsError if one is no assignment."""
+    layer = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise SettingsError("--set", "must be key=value", text)
+        layer[key.strip()] = Given(value.strip(), "--set")
+    return layer
+
+
+# Checks.
+
+
+def build(*layers: Layer) -> Settings:
+    """The settings tree of *layers*, later ones first in force. Raises SettingsError."""
+    given: dict[str, Given] = {}
+    for layer in layers:
+        given.update(layer)
+    values = {key: _check(key, one) for key, one in given.items()}
+    if values.get("size") is not None:
+        values.update(_geometry_for_size(values, given))
+    settings = msgspec.convert(_nested(values), Settings)
+    _check_geometry(settings.geometry, given)
+    return settings
+
+
+def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for key, value in values.items():
+        *path, name = key.split(".")
+        table = tree
+        for step in path:
+            table = table.setdefault(step, {})
+        table[name] = value
+    return tree
+
+
+def _check_geometry(geometry: Geometry, given: Layer) -> None:
+    try:
+        validate(geometry)
+    except GeometryError as error:
+        key = f"geometry.{error.field}"
+        source = given[key].source if key in given else ""
+        raise SettingsError(
+            key, str(error).partition(": ")[2], getattr(geometry, error.field), source
+        ) from None
+
+
+def named(*layers: Layer) -> frozenset[str]:
+    """The keys that somebody set: where a default would be bent to fit, these are kept or refused."""
+    return frozenset().union(*layers)
+
+
+def names_geometry(keys: Iterable[str]) -> bool:
+    """Whether a shape of flash was asked for, so that an image of another shape is a mistake."""
+    return any(key == "size" or key.startswith("geometry.") for key in keys)
+
+
+def _check(key: str, given: Given) -> Any:
+    leaf = KEYS.get(key)
+    if leaf is None:
+        raise SettingsError(key, f"no such setting{_near_miss(key)}", given.value, given.source)
+    is_text = isinstance(given.value, str)
+    try:
+        return msgspec.convert(_from_text(key, leaf, given.value), leaf.type, strict=not is_text)
+    except (msgspec.ValidationError, ValueError):
+        words = "a size such as 512M or 4G" if key == "size" else rule(leaf.type)
+        raise SettingsError(key, f"must be {words}", given.value, given.source) from None
+
+
+def _near_miss(key: str) -> str:
+    """A suggestion: the same last name in another table, else the key that is spelled most like it."""
+    below = [k for k in KEYS if k.startswith(key + ".")]
+    if below:
+        return f"; it is a table with {', '.join(below)}"
+    name = key.rpartition(".")[2]
+    close = [k for k in KEYS if k.rpartition(".")[2] == name] or difflib.get_close_matches(key, KEYS, 1, 0.6)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _from_text(key: str, leaf: Leaf, value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    if key == "size" or key.endswith("_bytes"):
+        return parse_size(value)
+    if isinstance(leaf.default, tuple):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return value
+
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGTP]?)(?:i?B)?", re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of ``4096``, ``4K``, ``1.5GiB``: suffixes are powers of 1024. Raises ValueError."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(text)
+    size = float(match[1]) * KIB ** " KMGTP".index(match[2].upper() or " ")
+    if size != int(size):
+        raise ValueError(text)
+    return int(size)
+
+
+def _geometry_for_size(values: dict[str, Any], given: Layer) -> dict[str, int]:
+    """``geometry.chunks`` (and ``.sectors``) that make the raw flash at least ``size`` bytes."""
+    if "geometry.chunks" in given and given["geometry.chunks"].source in ("--set", given["size"].source):
+        raise SettingsError("size", "geometry.chunks is set too; give one of them", *given["size"])
+    shape = {
+        name: values.get(f"geometry.{name}", KEYS[f"geometry.{name}"].default)
+        for name in ("groups", "pus", "sectors", "sector_bytes", "ws_opt")
+    }
+    row_bytes = shape["groups"] * shape["pus"] * shape["sector_bytes"]
+    sectors = shape["sectors"]
+    smallest = shape["sectors"] if "geometry.sectors" in given else 4 * shape["ws_opt"]
+    enough_bytes = values["size"] / MIN_CHUNKS_FOR_SIZE
+    while sectors * row_bytes > enough_bytes and sectors % 2 == 0 and sectors // 2 >= smallest:
+        sectors //= 2
+    chunks = -(-values["size"] // (sectors * row_bytes))
+    if not 1 <= chunks <= 1 << 24:
+        raise SettingsError("size", "no number of chunks of this geometry makes it", *given["size"])
+    return {"geometry.chunks": chunks, "geometry.sectors": sectors}
+
+
+# Words for people.
+
+
+def _shown(value: object) -> str:
+    return value if isinstance(value, str) else msgspec.json.encode(value).decode()
+
+
+def rule(annotation: Any) -> str:
+    """What a value of this type must be, in words."""
+    from msgspec import inspect  # needed only when something is wrong: keep it out of the start-up time
+
+    return _rule(inspect.type_info(annotation))
+
+
+def _rule(info: Any) -> str:
+    if type(info).__name__ == "Metadata":
+        return _rule(info.type)
+    return _RULES[type(info).__name__](info)
+
+
+def _number(noun: str) -> Any:
+    def words(info: Any) -> str:
+        if info.ge is None or info.le is None:
+            return noun
+        return f"{noun} from {info.ge} to {info.le}"
+
+    return words
+
+
+_RULES: dict[str, Any] = {
+    "IntType": _number("an integer"),
+    "FloatType": _number("a number"),
+    "BoolType": lambda info: "true or false",
+    "StrType": lambda info: f"text of at most {info.max_length} characters" if info.max_length else "text",
+    "NoneType": lambda info: "nothing",
+    "LiteralType": lambda info: f"one of {', '.join(map(str, info.values))}",
+    "VarTupleType": lambda info: f"a list of {_rule(info.item_type)}",
+    "UnionType": lambda info: " or ".join(_rule(t) for t in info.types if type(t).__name__ != "NoneType"),
+}
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of the tree, for editors and for the documentation."""
+    return msgspec.json.schema(Settings)
