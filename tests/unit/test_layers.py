@@ -37,9 +37,18 @@ def test_compiled_facades_import_nothing_of_ours_but_native_and_each_other(facad
     assert [m for m in foreign if m.split(".")[0] not in FOREIGN] == []
 
 
+def construct_imports(path: Path) -> list[str]:
+    return re.findall(r"^\s*((?:from construct|import construct).*)$", path.read_text(), re.MULTILINE)
+
+
 def test_construct_appears_only_in_protocol() -> None:
-    users = {p for p in python_sources() if any(m.split(".")[0] == "construct" for m in imports_of(p))}
-    assert [p for p in users if PACKAGE / "protocol" not in p.parents] == []
+    users = {p for p in python_sources() if construct_imports(p)}
+    assert [p for p in users if not {PACKAGE / "protocol", PACKAGE / "nvme"} & set(p.parents)] == []
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "nvme").glob("*.py")), ids=lambda p: p.name)
+def test_nvme_takes_from_construct_only_the_type_of_a_parsed_record(path: Path) -> None:
+    assert [line for line in construct_imports(path) if line != "from construct import Container"] == []
 
 
 def test_the_client_loads_neither_trio_nor_numpy() -> None:
