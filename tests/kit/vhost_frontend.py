@@ -61,9 +61,12 @@ class Ring:
 
 def ring_at(gpa: int, num: int) -> Ring:
     """A ring whose three parts lie on pages of their own from *gpa* on; split and packed fit alike."""
-    pages = lambda size_bytes: (size_bytes + 4095) // 4096 * 4096  # noqa: E731
-    avail = gpa + pages(16 * num)
-    return Ring(num, desc=gpa, avail=avail, used=avail + pages(6 + 2 * num))
+    avail = gpa + _whole_pages(16 * num)
+    return Ring(num, desc=gpa, avail=avail, used=avail + _whole_pages(6 + 2 * num))
+
+
+def _whole_pages(size_bytes: int) -> int:
+    return (size_bytes + 4095) // 4096 * 4096
 
 
 class Refused(Exception):
