@@ -23,6 +23,7 @@ from pathlib import Path
 from types import TracebackType
 
 from tests.kit.qemu import PROJECT, Qemu, accelerator, host_qemu
+from tests.kit.qmp import Qmp
 from tests.kit.requires import missing
 from tools.newc import member, trailer
 
@@ -31,10 +32,13 @@ DONE = re.compile(r"^GUEST-DONE rc=(\d+)", re.MULTILINE)
 TAIL_LINES = 40
 DEFAULT_TIMEOUT_S = 90.0
 
-# Applets of busybox get no link of their own in every image; -e and -x make the console tell what failed.
+# The applets of busybox have no links of their own in every image. What the job says on stderr, and each of its
+# commands, comes to the console only if it fails: tests read its stdout.
 PREAMBLE = """#!/bin/sh
 /bin/busybox --install -s /bin 2>/dev/null
-set -eu
+exec 2>/tmp/trace
+trap 'rc=$?; set +x; [ $rc = 0 ] || tail -n 30 /tmp/trace; exit $rc' EXIT
+set -eux
 """
 
 
@@ -91,8 +95,9 @@ class Guest:
     """A guest that runs *job*, a shell script, from entry of the context to its exit; the exit kills it by
     its pid.
 
-    *devices* are QEMU arguments. Guest memory is a shared memfd, so vhost-user and vfio-user peers can map
-    it.
+    *devices* are QEMU arguments. *resume_from* is a state that `Qmp.save_state` made: the guest goes on where
+    it was saved, in a machine that must be made alike. Guest memory is a shared memfd, so vhost-user and
+    vfio-user peers can map it.
     """
 
     def __init__(
@@ -106,22 +111,26 @@ class Guest:
         memory_mib: int = 512,
         network: bool = False,
         reboots: bool = False,
+        resume_from: Path | None = None,
         kernel_args: str = "",
     ) -> None:
         self.qemu = qemu or host_qemu()
         self.image = image or any_guest()
         self._directory = tempfile.TemporaryDirectory(prefix="ocssd-guest-")
         self._devices = [*devices, *(["-nic", "user,model=virtio-net-pci"] if network else [])]
+        if resume_from is not None:
+            self._devices += ["-incoming", f"exec:cat {resume_from}"]
         self._job = job
+        self._qmp_path = Path(self._directory.name) / "qmp"
         self._machine = self._machine_arguments(vcpus, memory_mib, reboots, kernel_args)
         self._console = bytearray()
         self._changed = threading.Condition()
         self._closed = False
         self._process: subprocess.Popen[bytes] | None = None
 
-    @property
-    def qmp_path(self) -> Path:
-        return Path(self._directory.name) / "qmp"
+    def qmp(self) -> Qmp:
+        """A QMP session with this guest's QEMU."""
+        return Qmp(self._qmp_path)
 
     @property
     def pid(self) -> int:
@@ -136,10 +145,8 @@ class Guest:
     def __enter__(self) -> Guest:
         initramfs = self._initramfs_with_job()
         argv = [self.qemu.path, *self._machine, "-initrd", str(initramfs), *self._devices]
-        argv += ["-qmp", f"unix:{self.qmp_path},server=on,wait=off"]
-        self._process = subprocess.Popen(
-            argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
+        argv += ["-qmp", f"unix:{self._qmp_path},server=on,wait=off"]
+        self._process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         self._pump = threading.Thread(target=self._read_console, daemon=True)
         self._pump.start()
         return self
@@ -223,9 +230,7 @@ class Guest:
         return GuestFailure(f"guest {what}; the end of its console:\n{tail}")
 
 
-def run_guest(
-    job: str, devices: Sequence[str] = (), timeout_s: float = DEFAULT_TIMEOUT_S, **options: object
-) -> str:
+def run_guest(job: str, devices: Sequence[str] = (), timeout_s: float = DEFAULT_TIMEOUT_S, **options: object) -> str:
     """Run *job* in a guest to its end; returns what it printed. GuestFailure if it fails or hangs."""
     with Guest(job, devices, **options) as guest:  # type: ignore[arg-type]
         return guest.finish(timeout_s)

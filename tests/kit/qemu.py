@@ -92,9 +92,7 @@ def _kvm_boots(qemu: Qemu, kernel: Path) -> bool:
     argv = [qemu.path, "-accel", "kvm", "-cpu", "max", "-machine", "q35", "-nodefaults", "-no-reboot"]
     argv += ["-nographic", "-serial", "stdio", "-kernel", str(kernel)]
     argv += ["-append", "console=ttyS0 earlyprintk=serial"]
-    with subprocess.Popen(
-        argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    ) as process:
+    with subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         assert process.stdout is not None
         os.set_blocking(process.stdout.fileno(), False)
         try:

@@ -40,12 +40,19 @@ class Qmp:
         assert "return" in answer, f"{command}: {answer['error']['desc']}"
         return answer["return"]
 
-    def wait_event(self, name: str, **data: Any) -> dict[str, Any]:
-        """The next event *name* whose data has *data*, consuming what comes before it."""
+    def wait_event(self, name: str) -> dict[str, Any]:
+        """The data of the next event *name*, consuming what comes before it."""
         while True:
             event = self._events.pop(0) if self._events else self._receive()
-            if event.get("event") == name and data.items() <= event.get("data", {}).items():
-                return event
+            if event.get("event") == name:
+                return event.get("data", {})  # type: ignore[no-any-return]
+
+    def save_state(self, path: Path) -> None:
+        """Migrate the running guest into the file *path*; it is stopped then."""
+        self.execute("migrate-set-capabilities", capabilities=[{"capability": "events", "state": True}])
+        self.execute("migrate", uri=f"exec:cat > {path}")
+        while (status := self.wait_event("MIGRATION")["status"]) != "completed":
+            assert status not in ("failed", "cancelled"), self.execute("query-migrate")
 
     def _receive(self) -> dict[str, Any]:
         line = self._lines.readline()
