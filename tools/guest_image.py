@@ -95,21 +95,13 @@ def make_image(packages: Path, kernel: Path, modules: Path | None, target: Path)
 def _copy_programs(packages: Path, staging: Path) -> None:
     needed: set[Path] = set()
     for place, origin in PROGRAMS.items():
-        program = _program(packages, origin)
+        program = packages / "usr" / origin
         shutil.copy(program, staging / place)
         needed |= _libraries_of(packages, program)
     for library in needed:
         (staging / LIBRARIES / library).parent.mkdir(exist_ok=True)
         shutil.copy(packages / LIBRARIES / library, staging / LIBRARIES / library)
     shutil.copy(_loader(packages), staging / "lib64" / LOADER)
-
-
-def _program(packages: Path, origin: str) -> Path:
-    """*origin* below /usr or, in suites that still install there, below /."""
-    for candidate in (packages / "usr" / origin, packages / origin):
-        if candidate.exists():
-            return candidate
-    raise PackagesError(f"the packages hold no {origin}")
 
 
 def _loader(packages: Path) -> Path:
