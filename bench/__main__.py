@@ -18,15 +18,11 @@ GROUPS = ("vhost", "nbd", "ftl", "start")
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench", description=__doc__)
-    parser.add_argument(
-        "groups", nargs="*", metavar="GROUP", help=f"which of {', '.join(GROUPS)} (default: all)"
-    )
+    parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"which of {', '.join(GROUPS)} (default: all)")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each side; the median counts")
     parser.add_argument("--seconds", type=float, default=1.5, help="length of one measurement")
     parser.add_argument("--size", default="4G", help="raw flash of our daemon")
-    parser.add_argument(
-        "--json", type=Path, default=Path("build/bench.json"), help="where the JSON document goes"
-    )
+    parser.add_argument("--json", type=Path, default=Path("build/bench.json"), help="where the JSON document goes")
     parser.add_argument("--strict", action="store_true", help="exit with 1 if a goal is missed")
     chosen = parser.parse_args()
     unknown = set(chosen.groups) - set(GROUPS)

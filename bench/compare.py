@@ -16,6 +16,16 @@ from bench.programs import Result
 Measure = Callable[[], Result]
 
 
+def number(value: float | None) -> str:
+    """The digits that matter: 873.3 k, 1.24 M, 8.31."""
+    if value is None:
+        return "-"
+    for limit, unit, suffix in ((1e6, 1e6, " M"), (1e4, 1e3, " k")):
+        if abs(value) >= limit:
+            return f"{value / unit:.4g}{suffix}"
+    return f"{value:.4g}"
+
+
 @dataclass(frozen=True)
 class Goal:
     """A bound on the ratio to a peer, or on our own value if *absolute*."""
@@ -31,7 +41,7 @@ class Goal:
         return value <= self.bound if self.at_most else value >= self.bound
 
     def __str__(self) -> str:
-        return f"{'≤' if self.at_most else '≥'} {self.bound:g}{'' if self.absolute else ' ×'}"
+        return f"{'≤' if self.at_most else '≥'} {number(self.bound)}{'' if self.absolute else ' ×'}"
 
 
 def at_least(ratio: float) -> Goal:

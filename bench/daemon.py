@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -53,16 +52,12 @@ class Daemon:
         if "ftl" in counters:
             nested: dict[str, Any] = counters["ftl"]
             return nested
-        return {
-            name.removeprefix("ftl."): value for name, value in counters.items() if name.startswith("ftl.")
-        }
+        return {name.removeprefix("ftl."): value for name, value in counters.items() if name.startswith("ftl.")}
 
-    def mappings(self) -> list[tuple[int, int]]:
-        """(size, resident) of each memory mapping, in bytes."""
-        text = Path(f"/proc/{self.pid}/smaps").read_text()
-        sizes = re.findall(r"^Size:\s+(\d+) kB$", text, re.MULTILINE)
-        resident = re.findall(r"^Rss:\s+(\d+) kB$", text, re.MULTILINE)
-        return [(int(s) * 1024, int(r) * 1024) for s, r in zip(sizes, resident, strict=True)]
+    def resident_bytes(self) -> int:
+        """Memory of the process that is in RAM."""
+        rollup = Path(f"/proc/{self.pid}/smaps_rollup").read_text()
+        return 1024 * int(rollup.partition("Rss:")[2].split()[0])
 
 
 @contextlib.contextmanager
@@ -88,9 +83,7 @@ def _wait_ready(listener: socket.socket, process: subprocess.Popen[bytes], timeo
 
 
 @contextlib.contextmanager
-def daemon(
-    directory: Path, size: str = "4G", extra: Sequence[str] = (), timeout_s: float = 60
-) -> Iterator[Daemon]:
+def daemon(directory: Path, size: str = "4G", extra: Sequence[str] = (), timeout_s: float = 60) -> Iterator[Daemon]:
     """A daemon with flash in RAM that serves both block transports in *directory*; stopped at the end."""
     directory.mkdir(parents=True, exist_ok=True)
     command = [

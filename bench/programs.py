@@ -41,9 +41,7 @@ def compiled(name: str) -> str:
     """Path of the C program bench/*name*.c, compiled unless the cache has it from the same sources."""
     compiler = find("gcc", "gcc")
     sources = [HERE / f"{name}.c", HERE / "common.h"]
-    digest = hashlib.sha256(
-        b"".join(s.read_bytes() for s in sources) + repr((CFLAGS, platform.machine())).encode()
-    )
+    digest = hashlib.sha256(b"".join(s.read_bytes() for s in sources) + repr((CFLAGS, platform.machine())).encode())
     target = CACHE / f"{name}-{digest.hexdigest()[:16]}"
     if not target.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
@@ -64,9 +62,7 @@ def run_json(command: Sequence[str], timeout_s: float = 900) -> Result:
 
 def options(**values: object) -> list[str]:
     """``block_bytes=4096`` → ``["--block-bytes", "4096"]``; None leaves the option out."""
-    pairs = (
-        (f"--{name.replace('_', '-')}", str(value)) for name, value in values.items() if value is not None
-    )
+    pairs = ((f"--{name.replace('_', '-')}", str(value)) for name, value in values.items() if value is not None)
     return [word for pair in pairs for word in pair]
 
 

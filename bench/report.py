@@ -9,21 +9,10 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from bench.compare import Row
+from bench.compare import Row, number
 
 HEADINGS = ("case", "unit", "ours", "peer", "its value", "ratio", "goal", "")
 VERDICT = {True: "pass", False: "MISS", None: ""}
-
-
-def number(value: float | None) -> str:
-    """Three or four digits that matter: 873 k, 1.24 M, 8.31."""
-    if value is None:
-        return "-"
-    for limit, suffix in ((1e6, " M"), (1e4, " k")):
-        if abs(value) >= limit:
-            scaled = value / (1e6 if suffix == " M" else 1e3)
-            return f"{scaled:.4g}{suffix}"
-    return f"{value:.4g}"
 
 
 def cells(row: Row) -> tuple[str, ...]:
@@ -53,8 +42,7 @@ def table(rows: Sequence[Row]) -> str:
         lines.append(cells(row))
     widths = [max(len(line[i]) for line in lines) for i in range(len(HEADINGS))]
     drawn = [
-        "| " + " | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) + " |"
-        for line in lines
+        "| " + " | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) + " |" for line in lines
     ]
     rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
     return "\n".join([drawn[0], rule, *drawn[1:]])

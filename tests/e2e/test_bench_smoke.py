@@ -1,0 +1,71 @@
+"""The bench's clients against our daemon, one second each: they negotiate, move data, check it, and print numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bench import nbd, vhost
+from bench.daemon import Daemon, daemon
+from tests.kit.requires import requires
+
+pytestmark = pytest.mark.usefixtures("compiler")
+
+
+@pytest.fixture(scope="module")
+def compiler() -> str:
+    return requires("gcc", "gcc")
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    with daemon(tmp_path_factory.mktemp("bench"), "256M") as ours:
+        yield ours
+
+
+VHOST_VARIANTS = {
+    "sleeping": {},
+    "polling": {"mode": "poll"},
+    "two queues": {"queues": 2},
+    "chained descriptors": {"indirect": 0},
+    "one at a time": {"depth": 1},
+}
+
+
+@pytest.mark.parametrize("variant", VHOST_VARIANTS.values(), ids=VHOST_VARIANTS)
+def test_vhost_client_reads_back_every_generation_it_wrote(running: Daemon, variant: dict[str, object]) -> None:
+    result = vhost.run_client(running.vhost, verify=1, requests=20_000, span_bytes="32M", **variant)
+    assert result["requests"] == (32 << 20) // 4096
+
+
+@pytest.mark.parametrize("structured", [0, 1], ids=["simple replies", "structured replies"])
+def test_nbd_client_reads_back_every_generation_it_wrote(running: Daemon, structured: int) -> None:
+    result = nbd.run_client(running.nbd, verify=1, requests=20_000, span_bytes="32M", structured=structured)
+    assert result["requests"] == (32 << 20) // 4096
+    assert result["structured"] is bool(structured)
+
+
+def test_both_clients_see_the_same_device_and_data(running: Daemon) -> None:
+    vhost.run_client(running.vhost, op="write", pattern="sequential", requests=1024, span_bytes="4M")
+    seen = nbd.run_client(running.nbd, op="read", requests=4096, span_bytes="4M", check_every=1)
+    assert seen["device_bytes"] == vhost.device_bytes(running.vhost)
+
+
+def test_a_second_of_sequential_reading_gives_throughput_and_latency(running: Daemon) -> None:
+    vhost.fill(running.vhost)
+    result = vhost.run_client(running.vhost, seconds=1, op="read", check_every=1, **vhost.STREAM)
+    assert result["mb_per_s"] > 0
+    assert 0 < result["p50_ns"] <= result["p99_ns"] <= result["max_ns"] * 1.02
+
+
+def test_counters_of_the_daemon_count_what_the_client_wrote(running: Daemon) -> None:
+    before = running.ftl()["user_sectors_written"]
+    vhost.run_client(running.vhost, op="write", requests=5000)
+    assert running.ftl()["user_sectors_written"] - before == 5000
+
+
+def test_a_client_without_a_server_says_so(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="No such file or directory"):
+        vhost.run_client(tmp_path / "nobody.sock", seconds=1)
