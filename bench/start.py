@@ -1,7 +1,7 @@
 """Start-to-ready time and memory besides data.
 
 Data is what the flash holds: the sectors that were programmed, and their out-of-band bytes. What is resident besides is
-the process, the map and the state of the chunks. The stricter sum, which counts out-of-band bytes too, is shown as well.
+the process, the map and the state of the chunks. The stricter sum, out-of-band bytes included, is shown too.
 """
 
 from __future__ import annotations
