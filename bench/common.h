@@ -167,12 +167,18 @@ struct run {
     struct histogram latency;
 };
 
-static inline void run_begin(struct run *r, const struct workload *w, uint64_t device_bytes)
+/* The part of the device in use: whole MiB, so that every block size covers the same bytes. */
+static inline uint64_t run_span_bytes(const struct workload *w, uint64_t device_bytes)
 {
     uint64_t span = w->span_bytes && w->span_bytes < device_bytes ? w->span_bytes : device_bytes;
+    return span & ~(uint64_t)((1 << 20) - 1);
+}
+
+static inline void run_begin(struct run *r, const struct workload *w, uint64_t device_bytes)
+{
     r->workload = w;
     r->started = r->finished = r->cursor = 0;
-    r->blocks = span / w->block_bytes;
+    r->blocks = run_span_bytes(w, device_bytes) / w->block_bytes;
     if (r->blocks < w->depth) die("the device has %llu bytes, too few", (unsigned long long)device_bytes);
     memset(&r->latency, 0, sizeof r->latency);
     r->random = (w->seed + 1) * 0x9e3779b97f4a7c15ull | 1;
@@ -253,11 +259,10 @@ static inline void run_workload(struct run *r, const struct workload *w, uint64_
                                 void (*work)(struct run *r, void *client), void *client)
 {
     struct workload pass[3] = { *w, *w, *w };
-    uint64_t span = w->span_bytes && w->span_bytes < device_bytes ? w->span_bytes : device_bytes;
     if (w->verify) {
         pass[0].operation = OP_WRITE, pass[1].operation = OP_MIXED, pass[2].operation = OP_READ;
         pass[0].pattern = pass[2].pattern = SEQUENTIAL;
-        pass[0].limit = pass[2].limit = span / w->block_bytes;
+        pass[0].limit = pass[2].limit = run_span_bytes(w, device_bytes) / w->block_bytes;
     }
     for (int i = 0; i < (w->verify ? 3 : 1); i++) {
         run_begin(r, &pass[i], device_bytes);
