@@ -294,10 +294,9 @@ cdef inline uint64_t next_seq(ftl_t *f) noexcept nogil:
     return f.seq | (OOB_HASHED if f.host_durable else 0)
 
 
-cdef inline void place(ftl_t *f, frontier_t *w, uint32_t lba) noexcept nogil:
-    """The sector at the frontier now holds *lba*: point the map at it; program the unit when it is full."""
+cdef inline void place(ftl_t *f, frontier_t *w, uint32_t lba, uint32_t old) noexcept nogil:
+    """The sector at the frontier now holds *lba*, until now at *old*: point the map at it; program a full unit."""
     cdef uint32_t ppa = w.ppa + w.fill
-    cdef uint32_t old = l2p_get(f, lba)
     if old != <uint32_t>NO_PPA:
         invalidate(f, old)
     else:
@@ -332,7 +331,8 @@ cdef inline bint move_sector(ftl_t *f, frontier_t *w, uint32_t ppa) noexcept nog
         hashed = (oob.check ^ oob_mix(oob.seq, lba, ppa)) if oob.seq & OOB_HASHED else data_hash(
             media_data(f.media, ppa), f.media.geometry.sector_bytes)
     write_oob(f, target, lba, seq, hashed)
-    place(f, w, lba)
+    # A valid sector is where the map points: no need to wait for that cache miss to learn it.
+    place(f, w, lba, ppa)
     return True
 
 
@@ -342,7 +342,7 @@ cdef inline void commit_user(ftl_t *f, uint32_t lba) noexcept nogil:
     cdef uint32_t hashed = data_hash(media_data(f.media, ppa), f.media.geometry.sector_bytes) if f.host_durable else 0
     write_oob(f, ppa, lba, next_seq(f), hashed)
     f.user_sectors_written += 1
-    place(f, &f.user, lba)
+    place(f, &f.user, lba, l2p_get(f, lba))
 
 
 cdef inline const char *ftl_lookup(const ftl_t *f, uint32_t lba) noexcept nogil:
