@@ -52,6 +52,7 @@ class Superblock(msgspec.Struct):
     durability: str = "process"
     capacity_sectors: int = 0
     seq: int = 0
+    l2p_crc: int = 0
     counters: dict[str, int] = {}
 
 
@@ -136,6 +137,7 @@ class Store:
         with contextlib.suppress(BufferError):  # somebody still holds a view; the mapping goes with it
             self._memory.close()
         if self.fd >= 0:
+            fcntl.flock(self.fd, fcntl.LOCK_UN)  # the mapping has a descriptor of its own, which may live on
             os.close(self.fd)
             self.fd = -1
 

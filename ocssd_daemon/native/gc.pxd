@@ -282,11 +282,11 @@ cdef inline int host_sync(ftl_t *f) noexcept nogil:
     return 0
 
 
-cdef inline bint collect_a_line(ftl_t *f) noexcept nogil:
-    """Collect until the user may open a line. Returns 0 when that cannot be done."""
+cdef inline bint collect_until(ftl_t *f, uint32_t wanted) noexcept nogil:
+    """Collect until *wanted* lines are free. Returns 0 when that cannot be done."""
     cdef uint32_t tries = 0
     f.stalls += 1
-    while f.free_lines <= keep_lines(f):
+    while f.free_lines < wanted:
         tries += 1
         if f.pending_lines:
             if host_sync(f) != 0:
@@ -296,15 +296,25 @@ cdef inline bint collect_a_line(ftl_t *f) noexcept nogil:
     return True
 
 
+cdef inline bint make_room(ftl_t *f) noexcept nogil:
+    """Give the user frontier a line. Returns 0 when no space can be made.
+
+    With one frontier GC shares the user's line: once it has opened the last free line, the user waits until the victim
+    is collected, or the line would be full before GC is through.
+    """
+    if f.user.line != <uint32_t>NO_LINE:
+        return collect_until(f, keep_lines(f))
+    if f.read_only:
+        return False
+    if f.free_lines <= keep_lines(f) and not collect_until(f, keep_lines(f) + 1):
+        return False
+    return f.user.line != <uint32_t>NO_LINE or frontier_open(f, &f.user)
+
+
 cdef inline uint32_t ftl_slot(ftl_t *f) noexcept nogil:
     """Where the next user sector goes: copy its data there, then ``ftl_commit``. NO_PPA: no space can be made."""
-    if f.user.line == <uint32_t>NO_LINE:
-        if f.read_only:
-            return NO_PPA
-        # With one frontier GC may have opened the line that the user goes on with.
-        if f.free_lines <= keep_lines(f) and not collect_a_line(f):
-            return NO_PPA
-        if f.user.line == <uint32_t>NO_LINE and not frontier_open(f, &f.user):
+    if f.user.line == <uint32_t>NO_LINE or (f.free_lines < keep_lines(f) and f.moved == &f.user):
+        if not make_room(f):
             return NO_PPA
     return f.user.ppa + f.user.fill
 

@@ -10,16 +10,16 @@ Nothing in the image is changed before the new map is complete, so recovery itse
 
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
-from libc.string cimport memset
 
 from ocssd_daemon.native.ftl cimport (
-    LINE_CLOSED, LINE_DEAD, LINE_FREE, NO_LINE, NO_PPA, OOB_HASHED,
-    data_hash, ftl_t, invalidate, is_valid, l2p_get, l2p_set, line_chunk, line_of, move_sector, oob_mix, oob_t, set_valid,
+    LBA_PAD, LINE_CLOSED, LINE_DEAD, LINE_FREE, LINE_OPEN, NO_LINE, NO_PPA, OOB_HASHED,
+    data_hash, frontier_t, ftl_t, is_valid, l2p_get, line_chunk, line_of, next_seq, oob_mix, oob_t, set_valid,
+    unit_program, write_oob,
 )
 from ocssd_daemon.native.gc cimport recount_spare
 from ocssd_daemon.native.media cimport (
-    CHUNK_FREE, CHUNK_OFFLINE, CHUNK_OPEN,
-    chunk_close_early, chunk_pu, media_data, media_oob, ppa_chunk, ppa_exists, ppa_of, ppa_sector,
+    CHUNK_CLOSED, CHUNK_FREE, CHUNK_OFFLINE, CHUNK_OPEN,
+    chunk_close_early, chunk_pu, chunk_t, media_data, media_oob, ppa_chunk, ppa_exists, ppa_of,
 )
 
 cdef enum:
@@ -28,24 +28,111 @@ cdef enum:
     RECOVERY_BAD_MAP = 2        # the checkpoint points outside the flash, or twice at one sector
 
 
+cdef inline void line_from_chunks(ftl_t *f, uint32_t line) noexcept nogil:
+    """Derive a line's state, wear and age from its chunks."""
+    cdef uint32_t pu, good = 0, used = 0
+    cdef uint64_t cycles = 0
+    cdef const chunk_t *c
+    f.line_closed_seq[line] = 0
+    for pu in range(f.n_pus):
+        c = &f.media.chunks[line_chunk(f, line, pu)]
+        cycles += c.pe_cycles
+        good += c.state != CHUNK_OFFLINE
+        if not c.state & (CHUNK_FREE | CHUNK_OFFLINE):
+            used += 1
+            if c.wp:
+                f.line_closed_seq[line] = max(f.line_closed_seq[line], seq_at(f, line_chunk(f, line, pu), c.wp - 1))
+    f.line_erases[line] = <uint32_t>(cycles // f.n_pus)
+    f.line_state[line] = LINE_CLOSED if used or f.line_valid[line] else LINE_FREE if good else LINE_DEAD
+
+
+cdef inline uint64_t seq_at(const ftl_t *f, uint32_t chunk, uint32_t sector) noexcept nogil:
+    return (<const oob_t *>media_oob(f.media, ppa_of(f.media, chunk, sector))).seq & ~OOB_HASHED
+
+
+cdef inline bint chunk_takes_part(const ftl_t *f, uint32_t chunk) noexcept nogil:
+    """Is *chunk* in the stripe of an open line: still to be written, or written to its end?"""
+    cdef const chunk_t *c = &f.media.chunks[chunk]
+    return c.state & (CHUNK_FREE | CHUNK_OPEN) or (c.state == CHUNK_CLOSED and c.wp == f.media.geometry.sectors)
+
+
+cdef inline bint stand_on_line(ftl_t *f, frontier_t *w, uint32_t line) noexcept nogil:
+    """Put *w* where *line* was being written: the first unit of the stripe that is not full. 0: it cannot go on there."""
+    cdef uint32_t pu, i, wp, lowest = f.media.geometry.sectors
+    w.n_chunks = 0
+    for pu in range(f.n_pus):
+        if chunk_takes_part(f, line_chunk(f, line, pu)):
+            w.chunks[w.n_chunks] = line_chunk(f, line, pu)
+            w.n_chunks += 1
+            lowest = min(lowest, f.media.chunks[line_chunk(f, line, pu)].wp)
+    w.row = lowest // f.unit * f.unit
+    if w.row >= f.media.geometry.sectors:
+        return False
+    w.turn = 0
+    while f.media.chunks[w.chunks[w.turn]].wp >= w.row + f.unit:
+        w.turn += 1
+    for i in range(w.turn + 1, w.n_chunks):
+        wp = f.media.chunks[w.chunks[i]].wp
+        if wp != w.row:
+            return False
+    return True
+
+
+cdef inline void restore_unit(ftl_t *f, frontier_t *w) noexcept nogil:
+    """Take up what is in the open unit: programmed sectors, and live ones that were still in the write buffer."""
+    cdef uint32_t i
+    w.ppa = <uint32_t>ppa_of(f.media, w.chunks[w.turn], w.row)
+    w.fill = w.programmed = f.media.chunks[w.chunks[w.turn]].wp - w.row
+    for i in range(w.programmed, f.unit):
+        if is_valid(f, w.ppa + i):
+            w.fill = i + 1
+            f.recovered_sectors += 1
+    for i in range(w.programmed, w.fill):
+        if not is_valid(f, w.ppa + i):
+            write_oob(f, w.ppa + i, LBA_PAD, next_seq(f), 0)
+
+
+cdef inline bint line_is_resumable(const ftl_t *f, uint32_t line) noexcept nogil:
+    """Was *line* being written? A FREE chunk beside full ones may also be an erase that was cut short: nothing is valid then."""
+    cdef uint32_t pu, to_write = 0
+    if f.line_state[line] != LINE_CLOSED or f.line_valid[line] == 0:
+        return False
+    for pu in range(f.n_pus):
+        to_write += (f.media.chunks[line_chunk(f, line, pu)].state & (CHUNK_FREE | CHUNK_OPEN)) != 0
+    return to_write > 0
+
+
+cdef inline void close_line_early(ftl_t *f, uint32_t line) noexcept nogil:
+    cdef uint32_t pu
+    for pu in range(f.n_pus):
+        if f.media.chunks[line_chunk(f, line, pu)].state == CHUNK_OPEN:
+            chunk_close_early(f.media, line_chunk(f, line, pu))
+
+
+cdef inline void resume_line(ftl_t *f, uint32_t line) noexcept nogil:
+    """Go on with a line that was open; a crash must not cost the lines that GC needs to work."""
+    cdef frontier_t *w = &f.user if f.user.line == <uint32_t>NO_LINE else &f.gc
+    if w.line != <uint32_t>NO_LINE or (w == &f.gc and f.moved == &f.user) or not stand_on_line(f, w, line):
+        close_line_early(f, line)
+        return
+    w.line = line
+    f.line_state[line] = LINE_OPEN
+    restore_unit(f, w)
+    if w.fill == f.unit:
+        unit_program(f, w)
+
+
 cdef inline void lines_from_chunks(ftl_t *f) noexcept nogil:
-    """Derive each line's state and wear; a line that was open is closed where it stands."""
-    cdef uint32_t line, pu, chunk, good, used
-    cdef uint64_t cycles
+    cdef uint32_t line
     f.free_lines = 0
     for line in range(f.n_lines):
-        good = used = 0
-        cycles = 0
-        for pu in range(f.n_pus):
-            chunk = line_chunk(f, line, pu)
-            cycles += f.media.chunks[chunk].pe_cycles
-            good += f.media.chunks[chunk].state != CHUNK_OFFLINE
-            used += not f.media.chunks[chunk].state & (CHUNK_FREE | CHUNK_OFFLINE)
-            if f.media.chunks[chunk].state == CHUNK_OPEN:
-                chunk_close_early(f.media, chunk)
-        f.line_erases[line] = <uint32_t>(cycles // f.n_pus)
-        f.line_state[line] = LINE_CLOSED if used or f.line_valid[line] else LINE_FREE if good else LINE_DEAD
+        line_from_chunks(f, line)
         f.free_lines += f.line_state[line] == LINE_FREE
+    for line in range(f.n_lines):
+        if line_is_resumable(f, line):
+            resume_line(f, line)
+        elif f.line_state[line] == LINE_CLOSED:
+            close_line_early(f, line)
     recount_spare(f)
 
 
@@ -107,17 +194,6 @@ cdef inline void scan_chunk(ftl_t *f, uint32_t chunk, uint32_t *found, bint veri
         found[oob.lba] = ppa + 1
 
 
-cdef inline void replace_unprogrammed(ftl_t *f) noexcept nogil:
-    """Sectors that were still in the write buffer lie beyond their chunk's write pointer: write them again."""
-    cdef uint32_t lba, ppa
-    for lba in range(f.capacity_sectors):
-        ppa = l2p_get(f, lba)
-        if ppa == <uint32_t>NO_PPA or ppa_sector(f.media, ppa) < f.media.chunks[ppa_chunk(f.media, ppa)].wp:
-            continue
-        if move_sector(f, &f.user, ppa):
-            f.recovered_sectors += 1
-
-
 cdef inline int ftl_recover(ftl_t *f, bint trust_trims, bint verify_data) noexcept nogil:
     """Rebuild the map from the out-of-band entries.
 
@@ -136,6 +212,4 @@ cdef inline int ftl_recover(ftl_t *f, bint trust_trims, bint verify_data) noexce
         if not trust_trims or f.l2p[lba]:
             f.l2p[lba] = found[lba]
     free(found)
-    ftl_load_map(f)
-    replace_unprogrammed(f)
-    return RECOVERY_OK
+    return ftl_load_map(f)
