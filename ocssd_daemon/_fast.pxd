@@ -12,6 +12,7 @@ cdef class Media:
     cdef media_t m
     cdef readonly object geometry
     cdef readonly object store
+    cdef readonly dict attached     # what the media points at: kept alive here
     cdef object _views
     cdef _count_open(self)
 

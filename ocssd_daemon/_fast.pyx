@@ -85,6 +85,7 @@ cdef class Media:
          g.mw_cunits, g.maxoc, g.maxocpu, g.total_pus, g.total_chunks, g.sector_bits) = shape
         self.geometry = store.geometry
         self.store = store
+        self.attached = {}
         open_of_pu = np.zeros(g.total_pus, np.uint32)
         self._views = (store.chunks, store.oob, store.data, open_of_pu)
         self.m.chunks = <chunk_t *>pointer_of(store.chunks)

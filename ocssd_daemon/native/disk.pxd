@@ -10,10 +10,11 @@ Knows no transport: callers hand in plain buffers that they have checked.
 from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
-from ocssd_daemon.native.ftl cimport NO_PPA, ftl_lookup, ftl_program_buffers, ftl_t, ftl_trim
+from ocssd_daemon.native.ftl cimport NO_PPA, ftl_lookup, ftl_program_buffers, ftl_sense, ftl_t, ftl_trim
 from ocssd_daemon.native.gc cimport ftl_commit, ftl_slot, host_sync
-from ocssd_daemon.native.media cimport media_data
+from ocssd_daemon.native.media cimport media_begin, media_data, media_done_ns
 from ocssd_daemon.native.sys cimport iovec
+from ocssd_daemon.native.timing cimport timing_wait
 
 cdef extern from "errno.h" nogil:
     int EINVAL
@@ -42,6 +43,17 @@ ctypedef struct disk_t:
 ctypedef struct cursor_t:       # a place in an iovec array
     const iovec *iov
     size_t used
+
+
+cdef inline void disk_begin(disk_t *d) noexcept nogil:
+    d.done_at_ns = 0
+    media_begin(d.ftl.media)
+
+
+cdef inline int disk_end(disk_t *d, int failed) noexcept nogil:
+    """Note when the request ends; failures end at once. Returns *failed*."""
+    d.done_at_ns = 0 if failed else media_done_ns(d.ftl.media)
+    return failed
 
 
 cdef inline int disk_check(const disk_t *d, uint64_t offset, uint64_t length) noexcept nogil:
@@ -91,7 +103,7 @@ cdef inline int disk_read(disk_t *d, uint64_t offset, const iovec *iov, int iovc
     cdef const char *sector
     cdef uint32_t within, n
     cdef int failed = disk_check(d, offset, length)
-    d.done_at_ns = 0
+    disk_begin(d)
     if failed:
         return failed
     c.iov = iov
@@ -101,10 +113,12 @@ cdef inline int disk_read(disk_t *d, uint64_t offset, const iovec *iov, int iovc
         n = <uint32_t>min(<uint64_t>(d.sector_bytes - within), length)
         sector = ftl_lookup(d.ftl, <uint32_t>(offset >> d.sector_shift))
         scatter(&c, sector + within if sector != NULL else NULL, n)
+        if d.ftl.media.timing != NULL:
+            ftl_sense(d.ftl, <uint32_t>(offset >> d.sector_shift))
         d.ftl.user_sectors_read += 1
         offset += n
         length -= n
-    return 0
+    return disk_end(d, 0)
 
 
 cdef inline int disk_no_space(disk_t *d) noexcept nogil:
@@ -153,15 +167,21 @@ cdef inline int write_range(disk_t *d, uint64_t offset, cursor_t *c, uint64_t le
     return 0
 
 
-cdef inline int disk_flush(disk_t *d) noexcept nogil:
+cdef inline int disk_harden(disk_t *d) noexcept nogil:
     """Program the write buffers; with durability host, also bring the image to the host's disk."""
-    d.done_at_ns = 0
     ftl_program_buffers(d.ftl)
+    if d.ftl.media.timing != NULL:
+        timing_wait(d.ftl.media.timing, d.ftl.media.timing.flushed_ns)
     return host_sync(d.ftl) if d.ftl.host_durable else 0
 
 
+cdef inline int disk_flush(disk_t *d) noexcept nogil:
+    disk_begin(d)
+    return disk_end(d, disk_harden(d))
+
+
 cdef inline int disk_check_write(disk_t *d, uint64_t offset, uint64_t length) noexcept nogil:
-    d.done_at_ns = 0
+    disk_begin(d)
     return EPERM if d.read_only else disk_check(d, offset, length)
 
 
@@ -173,8 +193,8 @@ cdef inline int disk_write(disk_t *d, uint64_t offset, const iovec *iov, int iov
     if not failed:
         failed = write_range(d, offset, &c, length)
     if not failed and flags & DISK_FUA:
-        failed = disk_flush(d)
-    return failed
+        failed = disk_harden(d)
+    return disk_end(d, failed)
 
 
 cdef inline uint64_t whole_sectors(const disk_t *d, uint64_t offset, uint64_t length, uint64_t *first) noexcept nogil:
@@ -193,7 +213,7 @@ cdef inline int disk_discard(disk_t *d, uint64_t offset, uint64_t length) noexce
         return failed
     n = whole_sectors(d, offset, length, &first)
     ftl_trim(d.ftl, <uint32_t>first, <uint32_t>n)
-    return 0
+    return disk_end(d, 0)
 
 
 cdef inline int disk_write_zeroes(disk_t *d, uint64_t offset, uint64_t length, int flags) noexcept nogil:
@@ -216,8 +236,8 @@ cdef inline int disk_write_zeroes(disk_t *d, uint64_t offset, uint64_t length, i
             ftl_trim(d.ftl, <uint32_t>first, <uint32_t>n)
             failed = write_range(d, (first + n) << d.sector_shift, NULL, length - head - (n << d.sector_shift))
     if not failed and flags & DISK_FUA:
-        failed = disk_flush(d)
-    return failed
+        failed = disk_harden(d)
+    return disk_end(d, failed)
 
 
 cdef inline int disk_extent(disk_t *d, uint64_t offset, uint64_t end, uint64_t *length) noexcept nogil:

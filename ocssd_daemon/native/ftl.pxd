@@ -21,8 +21,9 @@ from libc.string cimport memcpy
 from ocssd_daemon.native.sys cimport store_release_u64
 from ocssd_daemon.native.media cimport (
     CHUNK_FREE, CHUNK_OFFLINE, MEDIA_OK,
-    media_data, media_oob, media_program, media_t, ppa_chunk, ppa_of, ppa_sector, store_reserve,
+    media_data, media_oob, media_program, media_sense, media_t, ppa_chunk, ppa_of, ppa_sector, store_reserve,
 )
+from ocssd_daemon.native.timing cimport timing_admit, timing_hold, timing_t, timing_wait
 
 cdef extern from *:
     """
@@ -87,6 +88,8 @@ ctypedef struct frontier_t:
     uint32_t ppa                # of that sector
     uint32_t fill               # sectors placed in the unit
     uint32_t programmed         # of these, programmed
+    uint32_t held               # of the others, user sectors that the write buffer holds
+    uint64_t ready_ns           # when the last of them has arrived
 
 ctypedef struct ftl_t:
     media_t *media
@@ -266,12 +269,26 @@ cdef inline void unit_failed(ftl_t *f, frontier_t *w) noexcept nogil:
             move_sector(f, w, first + i)
 
 
+cdef inline void unit_timed(ftl_t *f, frontier_t *w) noexcept nogil:
+    """The unit's place in the write buffer is free when its program has ended."""
+    timing_hold(f.media.timing, f.media.ended_ns, w.held)
+    w.held = 0
+    w.ready_ns = 0
+    if w == &f.user:
+        f.media.timing.flushed_ns = max(f.media.timing.flushed_ns, f.media.ended_ns)
+    if w == f.moved:
+        f.media.timing.moved_ns = max(f.media.timing.moved_ns, f.media.ended_ns)
+
+
 cdef inline bint unit_program(ftl_t *f, frontier_t *w) noexcept nogil:
     """Program what is in the unit. On a failure the sectors have moved on and *w* stands somewhere else."""
     cdef uint32_t n = w.fill - w.programmed
+    f.media.ready_ns = w.ready_ns
     if media_program(f.media, w.chunks[w.turn], w.row + w.programmed, n) != MEDIA_OK:
         unit_failed(f, w)
         return False
+    if f.media.timing != NULL:
+        unit_timed(f, w)
     w.programmed = w.fill
     if w.fill == f.unit:
         frontier_advance(f, w)
@@ -325,6 +342,8 @@ cdef inline bint move_sector(ftl_t *f, frontier_t *w, uint32_t ppa) noexcept nog
     target = w.ppa + w.fill
     if f.media.data != NULL:
         memcpy(media_data(f.media, target), media_data(f.media, ppa), f.media.geometry.sector_bytes)
+    if f.media.timing != NULL:
+        w.ready_ns = max(w.ready_ns, media_sense(f.media, ppa, f.media.timing.admitted_ns, True))
     seq = next_seq(f)
     if f.host_durable:
         # Carried over, not computed again: damage to the data stays visible.
@@ -342,6 +361,9 @@ cdef inline void commit_user(ftl_t *f, uint32_t lba) noexcept nogil:
     cdef uint32_t hashed = data_hash(media_data(f.media, ppa), f.media.geometry.sector_bytes) if f.host_durable else 0
     write_oob(f, ppa, lba, next_seq(f), hashed)
     f.user_sectors_written += 1
+    if f.media.timing != NULL:
+        f.user.ready_ns = timing_admit(f.media.timing)
+        f.user.held += 1
     place(f, &f.user, lba, l2p_get(f, lba))
 
 
@@ -349,6 +371,22 @@ cdef inline const char *ftl_lookup(const ftl_t *f, uint32_t lba) noexcept nogil:
     """Where *lba* lies, in flash or write buffer; NULL when nothing is mapped."""
     cdef uint32_t ppa = l2p_get(f, lba)
     return NULL if ppa == <uint32_t>NO_PPA else media_data(f.media, ppa)
+
+
+cdef inline bint in_unit(const frontier_t *w, uint32_t ppa) noexcept nogil:
+    return w.line != <uint32_t>NO_LINE and w.ppa <= ppa < w.ppa + w.fill
+
+
+cdef inline void ftl_sense(ftl_t *f, uint32_t lba) noexcept nogil:
+    """Time of reading *lba*: none when it is unmapped, the buffer's while its unit is open. Call it only with a timing."""
+    cdef uint32_t ppa = l2p_get(f, lba)
+    cdef timing_t *t = f.media.timing
+    if ppa == <uint32_t>NO_PPA:
+        return
+    if in_unit(&f.user, ppa) or in_unit(&f.gc, ppa):
+        timing_wait(t, t.now_ns + t.controller_ns + t.buffer_ns)
+    else:
+        timing_wait(t, media_sense(f.media, ppa, 0, False))
 
 
 cdef inline void ftl_trim(ftl_t *f, uint32_t lba, uint32_t n) noexcept nogil:

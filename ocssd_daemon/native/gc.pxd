@@ -16,7 +16,7 @@ from ocssd_daemon.native.ftl cimport (
     VICTIM_COST_BENEFIT, VICTIM_D_CHOICES, VICTIM_FIFO, VICTIM_GREEDY, VICTIM_RANDOM,
     ctz64, frontier_open, ftl_t, line_chunk, move_sector,
 )
-from ocssd_daemon.native.media cimport CHUNK_FREE, CHUNK_OFFLINE, MEDIA_OK, media_reset, ppa_of
+from ocssd_daemon.native.media cimport CHUNK_FREE, CHUNK_OFFLINE, MEDIA_OK, media_erase, ppa_of
 
 cdef extern from "errno.h" nogil:
     int errno
@@ -184,7 +184,9 @@ cdef inline void erase_line(ftl_t *f, uint32_t line) noexcept nogil:
         chunk = line_chunk(f, line, pu)
         if f.media.chunks[chunk].state & (CHUNK_FREE | CHUNK_OFFLINE):
             continue
-        lost += media_reset(f.media, chunk) != MEDIA_OK
+        if f.media.timing != NULL:
+            f.media.ready_ns = f.media.timing.moved_ns
+        lost += media_erase(f.media, chunk) != MEDIA_OK
         f.chunks_erased += 1
     count_line(f, line)
     if lost:

@@ -14,6 +14,9 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
 from ocssd_daemon.native.sys cimport store_release_u64
+from ocssd_daemon.native.timing cimport (
+    timing_begin, timing_erase, timing_program, timing_sense, timing_t, timing_wait,
+)
 
 
 cdef enum:                      # chunk states and types: the values of the chunk information log
@@ -127,6 +130,35 @@ ctypedef struct media_t:
     uint64_t write_failures
     uint64_t reset_failures
     uint64_t store_full         # chunks that could not be opened because the host's disk is full
+    uint64_t now_ns             # time of the command in hand
+    uint64_t (*clock)() noexcept nogil      # NULL: the owner sets now_ns (virtual time)
+    timing_t *timing            # NULL: everything ends at once
+    uint64_t ready_ns           # the next program or reset begins no earlier; it takes this back to 0
+    uint64_t ended_ns           # when the last program or reset ends
+
+
+# --- time ---------------------------------------------------------------------------------------------------------
+
+cdef inline void media_begin(media_t *m) noexcept nogil:
+    """A command begins: take the time. Costs one branch without a latency profile."""
+    if m.timing == NULL:
+        return
+    if m.clock != NULL:
+        m.now_ns = m.clock()
+    timing_begin(m.timing, m.now_ns)
+
+
+cdef inline void media_wait_ended(media_t *m) noexcept nogil:
+    """The command in hand lasts until its program or reset has ended."""
+    if m.timing != NULL:
+        timing_wait(m.timing, m.ended_ns)
+
+
+cdef inline uint64_t media_done_ns(const media_t *m) noexcept nogil:
+    """When the command in hand ends; 0: now."""
+    if m.timing == NULL or m.timing.done_ns <= m.now_ns:
+        return 0
+    return m.timing.done_ns
 
 
 # --- addresses ----------------------------------------------------------------------------------------------------
@@ -244,6 +276,9 @@ cdef inline int media_program(media_t *m, uint32_t chunk, uint32_t sector, uint3
     cdef int status = media_check_write(m, chunk, sector, n)
     if status != MEDIA_OK:
         return status
+    if m.timing != NULL:
+        m.ended_ns = timing_program(m.timing, chunk_pu(m, chunk), sector, n, m.ready_ns)
+        m.ready_ns = 0
     if c.state == CHUNK_FREE:
         chunk_set(c, CHUNK_OPEN, 0)
         chunk_opened(m, chunk)
@@ -279,7 +314,9 @@ cdef inline int media_write(media_t *m, uint64_t ppa, uint32_t n, const char *da
         memcpy(media_data(m, ppa), data, <size_t>n * m.geometry.sector_bytes)
     if oob != NULL:
         memcpy(media_oob(m, ppa), oob, <size_t>n * m.geometry.oob_bytes)
-    return media_program(m, ppa_chunk(m, ppa), ppa_sector(m, ppa), n)
+    status = media_program(m, ppa_chunk(m, ppa), ppa_sector(m, ppa), n)
+    media_wait_ended(m)
+    return status
 
 
 # --- read ---------------------------------------------------------------------------------------------------------
@@ -300,6 +337,12 @@ cdef inline bint media_readable(const media_t *m, uint64_t ppa) noexcept nogil:
     return c.wp >= m.geometry.mw_cunits and sector < c.wp - m.geometry.mw_cunits
 
 
+cdef inline uint64_t media_sense(media_t *m, uint64_t ppa, uint64_t ready_ns, bint background) noexcept nogil:
+    """Time of reading one sector; call it only with a timing. Returns when the sector is in the controller."""
+    cdef uint32_t chunk = ppa_chunk(m, ppa)
+    return timing_sense(m.timing, chunk_pu(m, chunk), chunk, ppa_sector(m, ppa), ready_ns, 0, background)
+
+
 cdef inline int media_read(media_t *m, uint64_t ppa, char *data, char *oob) noexcept nogil:
     """Copy one sector (*data* and *oob* may be NULL). MEDIA_UNWRITTEN leaves both buffers alone."""
     if not media_readable(m, ppa):
@@ -310,6 +353,8 @@ cdef inline int media_read(media_t *m, uint64_t ppa, char *data, char *oob) noex
         memcpy(oob, media_oob(m, ppa), m.geometry.oob_bytes)
     m.chunks[ppa_chunk(m, ppa)].reads += 1
     m.sectors_read += 1
+    if m.timing != NULL:
+        timing_wait(m.timing, media_sense(m, ppa, 0, False))
     return MEDIA_OK
 
 
@@ -333,7 +378,7 @@ cdef inline uint8_t wear_index_of(const chunk_t *c) noexcept nogil:
     return <uint8_t>min(<uint64_t>255, 255 * <uint64_t>c.pe_cycles // c.pe_limit)
 
 
-cdef inline int media_reset(media_t *m, uint32_t chunk) noexcept nogil:
+cdef inline int media_erase(media_t *m, uint32_t chunk) noexcept nogil:
     """Erase *chunk*: FREE, write pointer 0, one P/E cycle more. A worn-out or failing chunk goes OFFLINE instead."""
     cdef chunk_t *c
     cdef int status
@@ -343,6 +388,9 @@ cdef inline int media_reset(media_t *m, uint32_t chunk) noexcept nogil:
     if status != MEDIA_OK:
         return status
     c = &m.chunks[chunk]
+    if m.timing != NULL:
+        m.ended_ns = timing_erase(m.timing, chunk_pu(m, chunk), m.ready_ns)
+        m.ready_ns = 0
     c.pe_cycles += 1
     c.wear_index = wear_index_of(c)
     if c.flags & CHUNK_FAIL_RESET or (c.pe_limit and c.pe_cycles >= c.pe_limit):
@@ -355,6 +403,14 @@ cdef inline int media_reset(media_t *m, uint32_t chunk) noexcept nogil:
     m.chunks_reset += 1
     chunk_set(c, CHUNK_FREE, 0)
     return MEDIA_OK
+
+
+cdef inline int media_reset(media_t *m, uint32_t chunk) noexcept nogil:
+    """``media_erase`` as a command that lasts as long as the erase."""
+    cdef int status = media_erase(m, chunk)
+    if status == MEDIA_OK:
+        media_wait_ended(m)
+    return status
 
 
 cdef inline int media_copy(media_t *m, const uint64_t *source, uint64_t target, uint32_t n) noexcept nogil:
@@ -373,5 +429,9 @@ cdef inline int media_copy(media_t *m, const uint64_t *source, uint64_t target, 
         if m.data != NULL:
             memcpy(media_data(m, target + i), media_data(m, source[i]), m.geometry.sector_bytes)
         memcpy(media_oob(m, target + i), media_oob(m, source[i]), m.geometry.oob_bytes)
+        if m.timing != NULL:
+            m.ready_ns = max(m.ready_ns, media_sense(m, source[i], 0, False))
     m.sectors_read += n
-    return media_program(m, ppa_chunk(m, target), ppa_sector(m, target), n)
+    status = media_program(m, ppa_chunk(m, target), ppa_sector(m, target), n)
+    media_wait_ended(m)
+    return status

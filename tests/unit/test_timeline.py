@@ -1,0 +1,184 @@
+"""Timelines never hold two operations at once; PUs and channels keep the order they promise."""
+
+from __future__ import annotations
+
+import itertools
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ocssd_daemon._physics import Timeline, Timing
+from ocssd_daemon.nand.geometry import Geometry
+from ocssd_daemon.nand.latency import resolve
+
+Span = tuple[int, int]
+
+requests = st.lists(st.tuples(st.integers(0, 400), st.integers(0, 60)), max_size=120)
+commands = st.lists(
+    st.tuples(
+        st.integers(0, 50),  # ns since the command before
+        st.sampled_from(["sense", "program", "erase", "background"]),
+        st.integers(0, 3),  # PU
+        st.integers(0, 7),  # row
+    ),
+    max_size=80,
+)
+
+
+def overlapping(spans: list[Span]) -> list[tuple[Span, Span]]:
+    ordered = sorted(span for span in spans if span[0] < span[1])
+    return [(a, b) for a, b in itertools.pairwise(ordered) if b[0] < a[1]]
+
+
+def timing(**numbers: object) -> Timing:
+    geometry = Geometry(groups=2, pus=2, chunks=4, sectors=64, ws_min=4, ws_opt=8, mw_cunits=0)
+    defaults = {"sense_ns": (40,), "program_ns": (300,), "erase_ns": 900, "transfer_ns_per_sector": 7}
+    return Timing(geometry, resolve("none", {**defaults, **numbers}, geometry))
+
+
+@given(requests)
+def test_reservations_of_one_timeline_never_overlap(asked: list[Span]) -> None:
+    line = Timeline()
+    taken = []
+    for earliest, length in asked:
+        start = line.reserve(earliest, length)
+        assert start >= earliest
+        taken.append((start, start + length))
+    assert overlapping(taken) == []
+
+
+@given(requests)
+def test_a_reservation_takes_the_first_gap_that_holds_it(asked: list[Span]) -> None:
+    line = Timeline()
+    busy: set[int] = set()
+    for earliest, length in asked:
+        start = line.reserve(earliest, length)
+        if line.gaps_given_up:
+            break
+        expected = earliest
+        while any(ns in busy for ns in range(expected, expected + length)):
+            expected += 1
+        assert start == expected
+        busy.update(range(start, start + length))
+
+
+@given(requests)
+def test_slots_are_sorted_and_apart(asked: list[Span]) -> None:
+    line = Timeline()
+    for earliest, length in asked:
+        line.reserve(earliest, length)
+    slots = line.slots()
+    assert all(start < end for start, end in slots)
+    assert all(a[1] < b[0] for a, b in itertools.pairwise(slots))
+
+
+@given(requests, st.integers(0, 500), st.integers(1, 60))
+def test_cutting_in_keeps_all_the_work_and_leaves_what_is_earlier_alone(asked: list[Span], at: int, ns: int) -> None:
+    line = Timeline()
+    for earliest, length in asked:
+        line.reserve(earliest, length)
+    before = line.slots()
+    given_up = line.gaps_given_up
+    line.cut_in(at, ns)
+    after = line.slots()
+    if line.gaps_given_up == given_up:
+        assert sum(b - a for a, b in after) == sum(b - a for a, b in before) + ns
+    assert [s for s in after if s[1] < at] == [s for s in before if s[1] < at] or line.gaps_given_up > given_up
+
+
+def run(t: Timing, asked: list[tuple[int, str, int, int]]) -> dict[str, list[tuple[int, int, int]]]:
+    """Issue *asked*; per kind a list of (PU, issued, end)."""
+    ends: dict[str, list[tuple[int, int, int]]] = {"sense": [], "program": [], "erase": [], "background": []}
+    now = 0
+    for later, what, pu, row in asked:
+        now += later
+        t.begin(now)
+        if what in ("sense", "background"):
+            end = t.sense(pu, 0, row * 8, background=what == "background")
+        elif what == "program":
+            end = t.program(pu, row * 8, 8)
+        else:
+            end = t.erase(pu)
+        ends[what].append((pu, now, end))
+    return ends
+
+
+@given(commands, st.booleans())
+@settings(max_examples=200)
+def test_an_operation_never_ends_before_its_own_time_has_passed(
+    asked: list[tuple[int, str, int, int]], suspend: bool
+) -> None:
+    least = {"sense": 47, "background": 47, "program": 356, "erase": 900}
+    for what, done in run(timing(suspend=suspend), asked).items():
+        assert all(end - issued >= least[what] for _, issued, end in done)
+
+
+@given(commands)
+@settings(max_examples=200)
+def test_programs_and_erases_of_one_pu_end_in_order_and_one_at_a_time(asked: list[tuple[int, str, int, int]]) -> None:
+    t = timing()
+    spans: dict[int, list[Span]] = {}
+    now = 0
+    for later, what, pu, row in asked:
+        now += later
+        t.begin(now)
+        if what == "program":
+            end = t.program(pu, row * 8, 8)
+            spans.setdefault(pu, []).append((end - 300, end))
+        elif what == "erase":
+            end = t.erase(pu)
+            spans.setdefault(pu, []).append((end - 900, end))
+    for taken in spans.values():
+        assert taken == sorted(taken)
+        assert overlapping(taken) == []
+
+
+@given(commands)
+@settings(max_examples=200)
+def test_a_channel_carries_no_more_than_one_sector_at_a_time(asked: list[tuple[int, str, int, int]]) -> None:
+    t = timing()
+    carried: dict[int, list[Span]] = {0: [], 1: []}
+    now = 0
+    for later, _, pu, row in asked:
+        now += later
+        t.begin(now)
+        end = t.sense(pu, 0, row * 8)
+        carried[pu // 2].append((end - 7, end))
+    for spans in carried.values():
+        assert overlapping(spans) == []
+
+
+def test_sectors_of_one_row_cost_one_sense_in_one_command_and_two_in_two() -> None:
+    t = timing()
+    t.begin(0)
+    assert [t.sense(0, 0, sector) for sector in (0, 1, 7)] == [47, 54, 61]
+    t.begin(100)
+    assert t.sense(0, 0, 1) == 147
+    assert t.stats()["senses"] == 2
+
+
+def test_the_page_kind_decides_what_a_sense_and_a_program_cost() -> None:
+    t = timing(sense_ns=(10, 20, 30), program_ns=(100, 200, 300), transfer_ns_per_sector=0)
+    t.begin(0)
+    assert [t.sense(0, 0, row * 8) for row in range(4)] == [10, 30, 60, 70]
+    assert t.program(1, 0, 24) == 600  # rows 0, 1, 2 one after the other
+
+
+def test_a_sense_waits_for_an_erase_unless_it_may_suspend_it() -> None:
+    waiting, suspending = timing(), timing(suspend=True, suspend_ns=5)
+    for t in (waiting, suspending):
+        t.begin(0)
+        assert t.erase(0) == 900
+        t.begin(100)
+    assert waiting.sense(0, 0, 0) == 900 + 40 + 7
+    assert suspending.sense(0, 0, 0) == 100 + 5 + 40 + 7
+    assert suspending.busy(0) == [(0, 945)]  # the erase ends later by as much
+    assert suspending.stats()["suspensions"] == 1
+
+
+def test_a_transfer_in_the_far_future_does_not_block_the_channel_now() -> None:
+    t = timing()
+    t.begin(0)
+    t.erase(0)
+    assert t.sense(0, 0, 0) == 947
+    assert t.sense(1, 4, 0) == 47
