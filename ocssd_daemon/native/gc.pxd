@@ -273,7 +273,8 @@ cdef inline void gc_pace(ftl_t *f, uint32_t user_sectors) noexcept nogil:
     f.credit += user_sectors * f.rate_moved
     due = f.credit // f.rate_user
     f.credit -= due * f.rate_user
-    gc_step(f, due, False)
+    # Both frontiers may have opened a line during one victim: hurry, so that the user need not wait for its end.
+    gc_step(f, 2 * due if f.free_lines <= keep_lines(f) else due, False)
 
 
 cdef inline int host_sync(ftl_t *f) noexcept nogil:
