@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from ocssd_daemon._vhost import FAULT_MEMORY_LOST, VhostDevice
 from ocssd_daemon.log import kv, per
 from ocssd_daemon.protocol.vhost_user.backend import Backend
 from ocssd_daemon.protocol.vhost_user.wire import CONFIG_WCE_OFFSET, Feature
@@ -43,34 +44,41 @@ ACCEPT_PAUSE_S = 0.1
 
 COUNTERS = ("requests", "errors", "bytes_read", "bytes_written", "connections")
 
+Report = Callable[[int, bool], None]  # (ring that broke, whether guest memory is lost)
 # Opens the rings of one session, which report to the given function; leaving drains and releases them.
-OpenBackend = Callable[[Callable[[int], None]], AbstractContextManager[Backend]]
+OpenBackend = Callable[[Report], AbstractContextManager[Backend]]
 
 
 async def serve_vhost_user(
     listener: Listener, device: Device, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
 ) -> None:
     """Serve *device* at *listener*, which stays the caller's, until cancelled."""
-    from ocssd_daemon._vhost import VhostDevice
+    server = VhostUserServer(rings_of(device), device.settings.vhost.num_queues)
+    device.add_transport("vhost-user", server.stats)
+    async with trio.open_nursery() as nursery:
+        for sock in listener.sockets:
+            await nursery.start(server.serve, sock)
+        task_status.started()
 
-    num_queues = device.settings.vhost.num_queues
+
+def rings_of(device: Device) -> OpenBackend:
+    """Real rings, over *device*'s disk and in its reactor."""
+    settings = device.settings.vhost
 
     @contextmanager
-    def open_backend(report: Callable[[int], None]) -> Iterator[Backend]:
-        token = device.new_token(report)
-        rings = VhostDevice(device.disk, device.reactor, num_queues, device.settings.vhost.serial, token)
+    def open_backend(report: Report) -> Iterator[Backend]:
+        def take(code: int) -> None:
+            report(code >> 8, code & 0xFF == FAULT_MEMORY_LOST)
+
+        token = device.new_token(take)
+        rings = VhostDevice(device.disk, device.reactor, settings.num_queues, settings.serial, token)
         try:
             yield rings
         finally:
             rings.close()
             device.forget(token)
 
-    server = VhostUserServer(open_backend, num_queues)
-    device.add_transport("vhost-user", server.stats)
-    async with trio.open_nursery() as nursery:
-        for sock in listener.sockets:
-            await nursery.start(server.serve, sock)
-        task_status.started()
+    return open_backend
 
 
 @dataclass(slots=True)
@@ -89,9 +97,7 @@ class Carried:
 class VhostUserServer:
     """Serves one device to one front end at a time."""
 
-    def __init__(
-        self, open_backend: OpenBackend, num_queues: int, *, limits: Limits = DEFAULT_LIMITS
-    ) -> None:
+    def __init__(self, open_backend: OpenBackend, num_queues: int, *, limits: Limits = DEFAULT_LIMITS) -> None:
         self.open_backend = open_backend
         self.num_queues = num_queues
         self.limits = limits
@@ -188,14 +194,16 @@ class VhostUserServer:
 
     def stats(self) -> dict[str, int]:
         """Counters over all sessions of this socket."""
-        totals = self.carried.totals + Counter(self.live.backend.stats() if self.live else {})
-        return {name: totals[name] for name in COUNTERS}
+        totals = Counter(dict.fromkeys(COUNTERS, 0))
+        totals.update(self.carried.totals)
+        totals.update(self.live.backend.stats() if self.live else {})
+        return dict(totals)
 
     def config_changed(self) -> None:
         """The disk has another size: tell the front end, now or when its rings run next."""
         if self.live is not None:
             self.live.announce_if_news()
 
-    def _report(self, code: int) -> None:
+    def _report(self, index: int, memory_lost: bool) -> None:
         if self.live is not None:
-            self.live.report(code)
+            self.live.ring_broke(index, memory_lost)

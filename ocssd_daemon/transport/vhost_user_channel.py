@@ -72,9 +72,7 @@ class BackendChannel:
                 data = await self._sock.receive_some(1, bag)
             except BadDescriptors as bad:
                 return str(bad)
-        return (
-            "the front end answered a message that asked for no answer" if data else "closed by the front end"
-        )
+        return "the front end answered a message that asked for no answer" if data else "closed by the front end"
 
     async def _speak(self) -> str:
         while True:

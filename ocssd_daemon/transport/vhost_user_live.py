@@ -19,11 +19,10 @@ from ocssd_daemon.protocol.vhost_user.messages import Header, Violation, decode_
 from ocssd_daemon.protocol.vhost_user.session import Answer, Session
 from ocssd_daemon.protocol.vhost_user.wire import HEADER_BYTES
 from ocssd_daemon.transport.fdsocket import BadDescriptors, FdBag, FdSocket, PeerGone, close_all
+from ocssd_daemon.transport.statefd import StateFd, write_state
 from ocssd_daemon.transport.vhost_user_channel import BackendChannel, channel_socket
 
 log = logging.getLogger(__name__)
-
-REPORT_BROKEN_RING, REPORT_MEMORY_FAULT = 1, 2  # what the reactor says of a session's rings
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +54,8 @@ class LiveSession:
         self.conn = conn
         self.backend = backend
         self.limits = limits
-        self.session = Session(backend, num_queues, self._open_channel, known_config=known_config)
+        self.session = Session(backend, num_queues, self, known_config=known_config)
+        self._state_fd = StateFd()
         self._warn = warn
         self._channel: BackendChannel | None = None
         self._nursery: trio.Nursery | None = None
@@ -64,9 +64,10 @@ class LiveSession:
     async def run(self) -> str:
         """Serve the front end until it leaves or breaks the rules; returns the rule, or nothing."""
         reason = ""
-        async with trio.open_nursery() as self._nursery:
-            reason = await self._converse()
-            self._nursery.cancel_scope.cancel()
+        with self._state_fd:
+            async with trio.open_nursery() as self._nursery:
+                reason = await self._converse()
+                self._nursery.cancel_scope.cancel()
         return self._fault or reason
 
     async def _converse(self) -> str:
@@ -109,13 +110,24 @@ class LiveSession:
         finally:
             close_all(answer.fds)
 
-    def _open_channel(self, fd: int) -> None:
+    # What the session asks of its host.
+
+    def open_channel(self, fd: int) -> None:
         assert self._nursery is not None
         channel = BackendChannel(channel_socket(fd), self.limits.channel_send_s)
         if self._channel is not None:
             self._channel.drop()
         self._channel = channel
         self._nursery.start_soon(self._run_channel, channel)
+
+    def save_state(self, fd: int, data: bytes) -> None:
+        write_state(fd, data)
+
+    def hold_state(self, fd: int) -> None:
+        self._state_fd.hold(fd)
+
+    def load_state(self) -> bytes:
+        return self._state_fd.read()
 
     async def _run_channel(self, channel: BackendChannel) -> None:
         why = await channel.run()
@@ -125,10 +137,13 @@ class LiveSession:
         if self.session.config_is_news() and self._channel is not None:
             self._channel.announce_config()
 
-    def report(self, code: int) -> None:
-        if code == REPORT_MEMORY_FAULT and self._nursery is not None:
+    def ring_broke(self, index: int, memory_lost: bool) -> None:
+        """The reactor stopped a ring, for good or (the file behind guest memory shrank) with the session."""
+        why = self.backend.broken(index)
+        self._warn("vhost.ring_broken", peer=self.conn.peer(), ring=index, reason=why)
+        if memory_lost and self._nursery is not None:
             self._fault = "guest memory went away under a mapping"
             self._nursery.cancel_scope.cancel()
-        elif code == REPORT_BROKEN_RING and self._channel is not None:
+        elif self._channel is not None:
             # The status now says DEVICE_NEEDS_RESET; a configuration change makes the front end look at it.
             self._channel.announce_config()

@@ -38,7 +38,7 @@ class FakeBackend:
     wce: int = 1
     calls: list[tuple[Any, ...]] = field(default_factory=list)
     refuse: dict[str, str] = field(default_factory=dict)
-    broken_rings: set[int] = field(default_factory=set)
+    broken_rings: dict[int, str] = field(default_factory=dict)
     bases: dict[int, int] = field(default_factory=dict)
     closed: bool = False
 
@@ -77,8 +77,8 @@ class FakeBackend:
         os.ftruncate(fd, 4096)
         return fd, 4096, 0
 
-    def broken(self, index: int) -> bool:
-        return index in self.broken_rings
+    def broken(self, index: int) -> str | None:
+        return self.broken_rings.get(index)
 
     def stats(self) -> dict[str, int]:
         return {"requests": 0, "errors": 0, "bytes_read": 0, "bytes_written": 0}

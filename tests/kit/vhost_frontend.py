@@ -12,61 +12,23 @@ import os
 import socket
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from mmap import mmap
 
 import trio
 
 from ocssd_daemon.protocol.vhost_user import messages as m
 from ocssd_daemon.protocol.vhost_user import wire
 from ocssd_daemon.protocol.vhost_user.wire import Feature, ProtocolFeature, Request
-from ocssd_daemon.transport.fdsocket import FdBag, FdSocket, PeerGone, close_all
+from ocssd_daemon.transport.fdsocket import FdBag, FdSocket, PeerGone
+from tests.kit.guest_memory import USER_OFFSET, GuestMemory
+from tests.kit.virtqueue import Packed, Split
 
-USER_BASE = 0x7F00_0000_0000  # where this front end pretends to have mapped guest memory
 REPLY_S = 10.0
+FRESH_PACKED_BASE = 0x8000_8000  # both indices 0, both wrap counters 1
 NO_PAYLOAD = m.Empty()
-
-
-class Memory:
-    """Guest memory: a memfd, mapped here, that starts at guest-physical 0."""
-
-    def __init__(self, size_bytes: int) -> None:
-        self.size_bytes = size_bytes
-        self.fd = os.memfd_create("guest", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(self.fd, size_bytes)
-        self.map = mmap(self.fd, size_bytes)
-
-    def close(self) -> None:
-        self.map.close()
-        os.close(self.fd)
 
 
 def eventfd() -> int:
     return os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-
-
-@dataclass
-class Ring:
-    """One virtqueue as the driver laid it out, in guest-physical addresses."""
-
-    num: int
-    desc: int
-    avail: int
-    used: int
-    base: int = 0
-    kick: int = field(default_factory=eventfd)
-    call: int = field(default_factory=eventfd)
-    err: int = field(default_factory=eventfd)
-
-
-def ring_at(gpa: int, num: int) -> Ring:
-    """A ring whose three parts lie on pages of their own from *gpa* on; split and packed fit alike."""
-    avail = gpa + _whole_pages(16 * num)
-    return Ring(num, desc=gpa, avail=avail, used=avail + _whole_pages(6 + 2 * num))
-
-
-def _whole_pages(size_bytes: int) -> int:
-    return (size_bytes + 4095) // 4096 * 4096
 
 
 class Refused(Exception):
@@ -74,17 +36,23 @@ class Refused(Exception):
 
 
 class Frontend:
-    """A front end with one device: *memory_bytes* of guest memory and rings at its start."""
+    """A front end with one device: guest memory of one region and *num_rings* rings in it."""
 
-    def __init__(self, *, num_rings: int = 1, ring_num: int = 128, memory_bytes: int = 16 << 20) -> None:
-        self.memory = Memory(memory_bytes)
-        self.rings = [ring_at(0x10000 + (i << 16), ring_num) for i in range(num_rings)]
+    def __init__(
+        self,
+        *,
+        num_rings: int = 1,
+        ring_num: int = 128,
+        layout: type[Split] | type[Packed] = Split,
+        memory_bytes: int = 16 << 20,
+    ) -> None:
+        self.memory = GuestMemory((0, memory_bytes))
+        self.rings: list[Split | Packed] = [layout(self.memory, ring_num, event_idx=True) for _ in range(num_rings)]
+        self.bases = [0 if isinstance(ring, Split) else FRESH_PACKED_BASE for ring in self.rings]
         self.protocol_features = ProtocolFeature(0)
         self.features = 0  # acked by the driver
         self.offered = 0
-        self.inflight: tuple[m.Inflight, int] | None = (
-            None  # region and its descriptor, kept over a reconnect
-        )
+        self.inflight: tuple[m.Inflight, int] | None = None  # region and its descriptor, kept over a reconnect
         self.inbox: FdSocket | None = None  # our end of the back-end channel
         self._regions_sent = False
         self._conn: FdSocket | None = None
@@ -120,7 +88,7 @@ class Frontend:
         self.disconnect()
         self.memory.close()
         for ring in self.rings:
-            close_all((ring.kick, ring.call, ring.err))
+            ring.close()
         if self.inflight is not None:
             os.close(self.inflight[1])
 
@@ -207,8 +175,8 @@ class Frontend:
         await self.send(Request.SET_OWNER)
         await self.ask_number(Request.GET_FEATURES)
         for index, ring in enumerate(self.rings):
-            await self.do(Request.SET_VRING_CALL, m.VringFd(index, True), [ring.call])
-            await self.do(Request.SET_VRING_ERR, m.VringFd(index, True), [ring.err])
+            await self.do(Request.SET_VRING_CALL, m.VringFd(index, True), [ring.call_fd])
+            await self.do(Request.SET_VRING_ERR, m.VringFd(index, True), [ring.err_fd])
 
     async def open_channel(self) -> None:
         ours, theirs = trio.socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -223,13 +191,12 @@ class Frontend:
     async def reset(self) -> None:
         """Machine reset: the driver forgets its rings, the device its features; memory stays known."""
         await self.do(Request.RESET_DEVICE)
-        for ring in self.rings:
-            ring.base = 0
+        self.bases = [0 if isinstance(ring, Split) else FRESH_PACKED_BASE for ring in self.rings]
 
     async def start(self, features: int | None = None) -> None:
-        """The driver wrote DRIVER_OK. Features default to all offered but packed rings and logging."""
-        unwanted = int(Feature.RING_PACKED | Feature.LOG_ALL)
-        self.features = self.offered & ~unwanted if features is None else features
+        """The driver wrote DRIVER_OK. Features default to all offered but logging, and to the rings' layout."""
+        unwanted = Feature.LOG_ALL | (Feature.RING_PACKED if isinstance(self.rings[0], Split) else 0)
+        self.features = wire.without(self.offered, unwanted) if features is None else features
         await self.send(Request.SET_FEATURES, m.U64(self.features))
         if ProtocolFeature.INFLIGHT_SHMFD in self.protocol_features:
             await self.share_inflight()
@@ -258,17 +225,22 @@ class Frontend:
         return ProtocolFeature.GPA_ADDRESSES in self.protocol_features
 
     def region(self) -> m.Region:
-        return m.Region(0, self.memory.size_bytes, 0 if self.by_gpa else USER_BASE, 0)
+        gpa, size_bytes, user_addr, offset, _ = self.memory.regions[0].table_entry()
+        return m.Region(gpa, size_bytes, 0 if self.by_gpa else user_addr, offset)
+
+    @property
+    def memory_fd(self) -> int:
+        return self.memory.regions[0].fd
 
     def address(self, gpa: int) -> int:
         """How a ring address is told to the back end."""
-        return gpa if self.by_gpa else USER_BASE + gpa
+        return gpa if self.by_gpa else gpa + USER_OFFSET
 
     async def share_memory(self) -> None:
         if ProtocolFeature.CONFIGURE_MEM_SLOTS not in self.protocol_features:
-            await self.do(Request.SET_MEM_TABLE, m.MemTable((self.region(),)), [self.memory.fd])
+            await self.do(Request.SET_MEM_TABLE, m.MemTable((self.region(),)), [self.memory_fd])
         elif not self._regions_sent:
-            await self.do(Request.ADD_MEM_REG, m.MemRegion(self.region()), [self.memory.fd])
+            await self.do(Request.ADD_MEM_REG, m.MemRegion(self.region()), [self.memory_fd])
         self._regions_sent = True
 
     def ring_address(self, index: int, flags: int = 0) -> m.VringAddr:
@@ -279,20 +251,20 @@ class Frontend:
     async def start_ring(self, index: int) -> None:
         ring = self.rings[index]
         await self.do(Request.SET_VRING_NUM, m.VringState(index, ring.num))
-        await self.do(Request.SET_VRING_BASE, m.VringState(index, ring.base))
+        await self.do(Request.SET_VRING_BASE, m.VringState(index, self.bases[index]))
         await self.do(Request.SET_VRING_ADDR, self.ring_address(index))
         # QEMU signals a kick descriptor before it hands it over; the backend must remember that.
-        os.eventfd_write(ring.kick, 1)
-        await self.do(Request.SET_VRING_KICK, m.VringFd(index, True), [ring.kick])
-        await self.do(Request.SET_VRING_CALL, m.VringFd(index, True), [ring.call])
+        os.eventfd_write(ring.kick_fd, 1)
+        await self.do(Request.SET_VRING_KICK, m.VringFd(index, True), [ring.kick_fd])
+        await self.do(Request.SET_VRING_CALL, m.VringFd(index, True), [ring.call_fd])
 
     async def stop(self) -> None:
         """Driver reset, pause or shutdown: rings are drained and remember where they stood."""
         for index in range(len(self.rings)):
             await self.do(Request.SET_VRING_ENABLE, m.VringState(index, 0))
-        for index, ring in enumerate(self.rings):
+        for index in range(len(self.rings)):
             payload = await self.ask(Request.GET_VRING_BASE, m.VringState(index, 0))
-            ring.base = int.from_bytes(payload[4:], "little")
+            self.bases[index] = int.from_bytes(payload[4:], "little")
         await self.set_status(0)
 
     async def set_status(self, status: int) -> None:
@@ -303,9 +275,8 @@ class Frontend:
         """The back end died under a running guest: connect and start again where the used rings stand."""
         self.disconnect()
         await self.connect(path)
-        for ring in self.rings:
-            used_idx = int.from_bytes(self.memory.map[ring.used + 2 : ring.used + 4], "little")
-            ring.base = used_idx
+        # A packed ring has no used index in memory; the inflight region says where it stands.
+        self.bases = [ring.used_idx if isinstance(ring, Split) else FRESH_PACKED_BASE for ring in self.rings]
         await self.start(self.features)
 
     async def start_logging(self, log_fd: int, size_bytes: int) -> None:
@@ -319,6 +290,32 @@ class Frontend:
         await self.do(Request.SET_FEATURES, m.U64(self.features))
         for index in range(len(self.rings)):
             await self.do(Request.SET_VRING_ADDR, self.ring_address(index))
+
+    async def save_state(self) -> bytes:
+        """Fetch the device state as a snapshot does."""
+        with FdBag() as bag:
+            ours, theirs = os.pipe()
+            bag.fds.append(ours)
+            try:
+                await self.ask(Request.SET_DEVICE_STATE_FD, m.DeviceState(0, 0), [theirs])
+            finally:
+                os.close(theirs)
+            assert await self.ask_number(Request.CHECK_DEVICE_STATE) == 0
+            return os.read(ours, 4096)
+
+    async def load_state(self, state: bytes) -> int:
+        """Hand a device state over; returns what the check says, 0 is success."""
+        with FdBag() as bag:
+            theirs, ours = os.pipe()
+            bag.fds.append(theirs)
+            os.write(ours, state)
+            os.close(ours)
+            await self.ask(Request.SET_DEVICE_STATE_FD, m.DeviceState(1, 0), [theirs])
+            return await self.ask_number(Request.CHECK_DEVICE_STATE)
+
+    def kick(self, index: int) -> None:
+        """Notify the back end of new requests."""
+        self.rings[index].kick()
 
     async def next_announcement(self, within_s: float = REPLY_S) -> int | None:
         """The id of the next message on the back-end channel, or nothing if none comes in time."""

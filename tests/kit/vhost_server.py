@@ -12,7 +12,7 @@ from pathlib import Path
 import trio
 
 from ocssd_daemon.protocol.vhost_user.backend import Backend
-from ocssd_daemon.transport.vhost_user import VhostUserServer
+from ocssd_daemon.transport.vhost_user import Report, VhostUserServer
 from ocssd_daemon.transport.vhost_user_live import Limits
 from tests.kit.fake_backend import FakeBackend
 
@@ -25,10 +25,10 @@ class FakeRings:
 
     capacity_sectors: int = 2048
     opened: list[FakeBackend] = field(default_factory=list)
-    report: Callable[[int], None] | None = None
+    report: Report | None = None
 
     @contextmanager
-    def open(self, report: Callable[[int], None]) -> Iterator[Backend]:
+    def open(self, report: Report) -> Iterator[Backend]:
         self.report = report
         self.opened.append(FakeBackend(capacity_sectors=self.capacity_sectors))
         try:
@@ -40,7 +40,7 @@ class FakeRings:
 @asynccontextmanager
 async def serving(
     path: Path,
-    open_backend: Callable[[Callable[[int], None]], AbstractContextManager[Backend]],
+    open_backend: Callable[[Report], AbstractContextManager[Backend]],
     *,
     num_queues: int = 2,
     limits: Limits = QUICK,

@@ -24,20 +24,40 @@ NO_PAYLOAD = m.Empty()
 F = ProtocolFeature
 
 
+class FakeHost:
+    """Remembers what the session asked of its transport; *pipe* is what a front end wrote for us to load."""
+
+    def __init__(self) -> None:
+        self.channels: list[int] = []
+        self.saved: list[tuple[int, bytes]] = []
+        self.held: list[int] = []
+        self.pipe = b""
+
+    def open_channel(self, fd: int) -> None:
+        self.channels.append(fd)
+
+    def save_state(self, fd: int, data: bytes) -> None:
+        self.saved.append((fd, data))
+
+    def hold_state(self, fd: int) -> None:
+        self.held.append(fd)
+
+    def load_state(self) -> bytes:
+        return self.pipe
+
+
 class Driven:
     """A session with everything offered negotiated, fed with typed messages."""
 
     def __init__(self, *, num_queues: int = 2, protocol_features: int | None = None) -> None:
         self.backend = FakeBackend()
-        self.channels: list[int] = []
-        self.session = Session(self.backend, num_queues, self.channels.append)
+        self.host = FakeHost()
+        self.session = Session(self.backend, num_queues, self.host)
         offered = OFFERED_PROTOCOL_FEATURES if protocol_features is None else protocol_features
         self.send(Request.SET_PROTOCOL_FEATURES, m.U64(offered))
         self.send(Request.SET_FEATURES, m.U64(int(FEATURES) | Feature.PROTOCOL_FEATURES))
 
-    def send(
-        self, request: int, message: m.Message, fds: Sequence[int] = (), *, need_reply: bool = False
-    ) -> Answer:
+    def send(self, request: int, message: m.Message, fds: Sequence[int] = (), *, need_reply: bool = False) -> Answer:
         payload = m.encode_payload(message)
         header = m.Header(request, 1 | (8 if need_reply else 0), len(payload))
         return self.session.receive(header, payload, fds)
@@ -257,9 +277,7 @@ def test_without_bit_30_a_kick_enables_the_ring():
     assert driven.backend.called("vring_enable") == [(0, True)]
 
 
-@pytest.mark.parametrize(
-    ("request_id", "message"), [(Request.RESET_DEVICE, m.Empty()), (Request.SET_STATUS, m.U64(0))]
-)
+@pytest.mark.parametrize(("request_id", "message"), [(Request.RESET_DEVICE, m.Empty()), (Request.SET_STATUS, m.U64(0))])
 def test_a_reset_drops_rings_features_and_status_and_keeps_memory_and_protocol_features(request_id, message):
     driven = Driven()
     region = m.MemRegion(m.Region(0, 4096, 0, 0))
@@ -277,7 +295,7 @@ def test_a_reset_drops_rings_features_and_status_and_keeps_memory_and_protocol_f
 def test_a_broken_ring_shows_in_the_status():
     driven = Driven()
     driven.send(Request.SET_STATUS, m.U64(0xF))
-    driven.backend.broken_rings.add(1)
+    driven.backend.broken_rings[1] = "a loop"
     assert driven.number(Request.GET_STATUS) == 0x4F  # DEVICE_NEEDS_RESET
 
 
@@ -324,12 +342,12 @@ def test_an_inflight_region_is_handed_out_with_its_descriptor():
 def test_the_back_end_channel_is_handed_on_and_a_bad_one_refused():
     driven = Driven()
     driven.send(Request.SET_BACKEND_REQ_FD, m.Empty(), [77])
-    assert driven.channels == [77]
+    assert driven.host.channels == [77]
 
     def not_a_socket(fd: int) -> None:
         raise ValueError("not a socket")
 
-    driven.session.open_channel = not_a_socket
+    driven.host.open_channel = not_a_socket
     assert driven.send(Request.SET_BACKEND_REQ_FD, m.Empty(), [77], need_reply=True).data == ack(21, 1)
 
 
@@ -358,3 +376,48 @@ def test_a_driver_that_sets_wce_hears_no_news_of_it():
     driven.start()
     driven.send(Request.SET_CONFIG, m.Config(32, 1, 0, b"\0"))
     assert not driven.session.config_is_news()
+
+
+SAVE, LOAD, STOPPED = 0, 1, 0
+
+
+def move_state(driven: Driven, direction: int) -> int:
+    """Reply to SET_DEVICE_STATE_FD."""
+    answer = driven.send(Request.SET_DEVICE_STATE_FD, m.DeviceState(direction, STOPPED), [MEMORY])
+    return int.from_bytes(answer.data[wire.HEADER_BYTES :], "little")
+
+
+def test_device_state_carries_the_write_cache_mode_to_another_daemon():
+    source, target = Driven(), Driven()
+    source.backend.wce = 0
+    assert move_state(source, SAVE) == 0x100  # no error, and we send no descriptor of our own
+    ((fd, target.host.pipe),) = source.host.saved
+    assert fd == MEMORY
+    assert target.host.pipe == b"OCSSDVHB" + bytes.fromhex("01000000 00 000000")  # magic, version, wce, padding
+    assert source.number(Request.CHECK_DEVICE_STATE) == 0
+    assert move_state(target, LOAD) == 0x100
+    assert target.number(Request.CHECK_DEVICE_STATE) == 0
+    assert target.backend.wce == 0
+
+
+@pytest.mark.parametrize(
+    "state", [b"", b"OCSSDVHB", b"x" * 16, b"OCSSDVHB" + bytes.fromhex("01000000 01 000000") + b"more"]
+)
+def test_device_state_that_is_not_ours_fails_the_check_and_changes_nothing(state):
+    driven = Driven()
+    driven.host.pipe = state
+    move_state(driven, LOAD)
+    assert driven.number(Request.CHECK_DEVICE_STATE) == 1
+    assert driven.backend.called("set_wce") == []
+
+
+def test_device_state_moves_only_while_rings_are_stopped_and_in_a_known_direction():
+    driven = Driven()
+    assert move_state(driven, 2) == 0x101
+    driven.start()
+    assert move_state(driven, SAVE) == 0x101
+    assert driven.number(Request.CHECK_DEVICE_STATE) == 1
+
+
+def test_a_check_without_a_transfer_fails():
+    assert Driven().number(Request.CHECK_DEVICE_STATE) == 1

@@ -13,7 +13,7 @@ from ocssd_daemon.protocol.vhost_user import messages as m
 from ocssd_daemon.protocol.vhost_user.wire import BackendRequest, ProtocolFeature, Request
 from ocssd_daemon.transport.fdsocket import FdBag, FdSocket, PeerGone
 from ocssd_daemon.transport.vhost_user_channel import BackendChannel
-from ocssd_daemon.transport.vhost_user_live import REPORT_BROKEN_RING, REPORT_MEMORY_FAULT, Limits
+from ocssd_daemon.transport.vhost_user_live import Limits
 from tests.kit.vhost_frontend import Frontend, Refused, eventfd
 from tests.kit.vhost_server import FakeRings, no_session, open_fds, serving
 
@@ -171,7 +171,7 @@ async def test_descriptors_in_the_middle_of_a_message_end_the_session(rings, pat
             await frontend.connect(str(path))
             message = m.encode_request(Request.SET_VRING_KICK, m.VringFd(0, True))
             await frontend.send_raw(message[:12])
-            await frontend.send_raw(message[12:], [frontend.rings[0].kick])
+            await frontend.send_raw(message[12:], [frontend.rings[0].kick_fd])
             assert await frontend.is_closed()
 
 
@@ -216,8 +216,8 @@ async def test_a_broken_ring_makes_the_front_end_look(rings, path):
             await frontend.connect(str(path))
             await frontend.start()
             await frontend.next_announcement(within_s=0.1)
-            rings.opened[0].broken_rings.add(0)
-            rings.report(REPORT_BROKEN_RING)
+            rings.opened[0].broken_rings[0] = "a descriptor chain loops"
+            rings.report(0, memory_lost=False)
             assert await frontend.next_announcement() == BackendRequest.CONFIG_CHANGE_MSG
             assert await frontend.ask_number(Request.GET_STATUS) & 0x40
 
@@ -226,7 +226,7 @@ async def test_memory_that_goes_away_ends_the_session(rings, path):
     async with serving(path, rings.open) as server:
         with Frontend() as frontend:
             await frontend.connect(str(path))
-            rings.report(REPORT_MEMORY_FAULT)
+            rings.report(0, memory_lost=True)
             assert await frontend.is_closed()
             await no_session(server)
             assert rings.opened[0].closed
@@ -237,7 +237,7 @@ async def test_a_back_end_channel_must_be_a_unix_stream_socket(rings, path):
         with Frontend() as frontend:
             await frontend.connect(str(path))
             with pytest.raises(Refused):
-                await frontend.do(Request.SET_BACKEND_REQ_FD, fds=[frontend.rings[0].kick])
+                await frontend.do(Request.SET_BACKEND_REQ_FD, fds=[frontend.rings[0].kick_fd])
             datagram = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
             with datagram[0], datagram[1], pytest.raises(Refused):
                 await frontend.do(Request.SET_BACKEND_REQ_FD, fds=[datagram[0].fileno()])
@@ -251,7 +251,7 @@ async def test_a_bad_back_end_channel_is_dropped_and_the_session_goes_on(rings, 
             if misdeed == "answers":
                 await frontend.inbox.send(m.encode_reply(99, m.U64(0)))
             elif misdeed == "sends descriptors":
-                await frontend.inbox.send(b"\0", [frontend.memory.fd])
+                await frontend.inbox.send(b"\0", [frontend.memory_fd])
             else:
                 frontend.inbox.close()
                 frontend.inbox = None
@@ -290,3 +290,27 @@ async def test_a_connected_socket_is_served_like_an_accepted_one(rings, path):
             frontend.attach(ours)
             await frontend.negotiate()
             await frontend.start()
+
+
+async def test_device_state_goes_through_the_pipe_of_the_front_end(rings, path):
+    async with serving(path, rings.open):
+        with Frontend() as source:
+            await source.connect(str(path))
+            state = await source.save_state()
+            assert len(state) == 16
+            assert await source.load_state(state) == 0
+
+
+@pytest.mark.parametrize("lie", ["directory", "never closed", "too long", "garbage"])
+async def test_a_bad_descriptor_for_device_state_fails_the_check(rings, path, lie):
+    async with serving(path, rings.open):
+        with Frontend() as frontend, FdBag() as bag:
+            await frontend.connect(str(path))
+            bag.fds += os.pipe()
+            if lie == "directory":
+                bag.fds.insert(0, os.open("/tmp", os.O_RDONLY))
+            elif lie != "never closed":
+                os.write(bag.fds[1], b"x" * (10_000 if lie == "too long" else 16))
+                os.close(bag.fds.pop())
+            await frontend.ask(Request.SET_DEVICE_STATE_FD, m.DeviceState(1, 0), [bag.fds[0]])
+            assert await frontend.ask_number(Request.CHECK_DEVICE_STATE) == 1

@@ -17,9 +17,7 @@ pytestmark = pytest.mark.skipif(sys.byteorder != "little", reason="the literal b
 
 u16, u32, u64 = (st.integers(0, 2**bits - 1) for bits in (16, 32, 64))
 regions = st.builds(m.Region, u64, u64, u64, u64)
-configs = st.binary(max_size=256).flatmap(
-    lambda data: st.builds(m.Config, u32, st.just(len(data)), u32, st.just(data))
-)
+configs = st.binary(max_size=256).flatmap(lambda data: st.builds(m.Config, u32, st.just(len(data)), u32, st.just(data)))
 requests = st.one_of(
     st.tuples(st.just(Request.SET_FEATURES), st.builds(m.U64, u64)),
     st.tuples(st.just(Request.SET_VRING_NUM), st.builds(m.VringState, u32, u32)),

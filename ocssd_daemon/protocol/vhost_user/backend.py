@@ -1,4 +1,5 @@
-"""Owns the contract between a session and the rings that it drives (`_vhost.VhostDevice` is one).
+"""Owns the contracts between a session and what it drives: `Backend`, the rings (`_vhost.VhostDevice` is
+one), and `Host`, the descriptors that are no rings' business.
 
 Conventions of every method:
 - A descriptor argument is borrowed: the callee maps or duplicates what it keeps, the caller closes its own.
@@ -31,6 +32,9 @@ class Backend(Protocol):
 
     def mem_add(self, gpa: int, size: int, user_addr: int, mmap_offset: int, fd: int) -> None: ...
 
+    def mem_commit(self) -> None:
+        """The table is complete: a started ring whose memory did not come back is broken."""
+
     def mem_remove(self, gpa: int, size: int, user_addr: int) -> None: ...
 
     def vring_num(self, index: int, num: int) -> None: ...
@@ -56,16 +60,31 @@ class Backend(Protocol):
     def inflight_get(self, num_queues: int, queue_size: int) -> tuple[int, int, int]:
         """(descriptor, size, offset) of a fresh region; the descriptor belongs to the caller."""
 
-    def inflight_set(
-        self, fd: int, mmap_size: int, offset: int, num_queues: int, queue_size: int
-    ) -> None: ...
+    def inflight_set(self, fd: int, mmap_size: int, offset: int, num_queues: int, queue_size: int) -> None: ...
 
     def reset_device(self) -> None:
         """Drop rings, features and inflight region; keep memory and error descriptors."""
 
-    def broken(self, index: int) -> bool: ...
+    def broken(self, index: int) -> str | None:
+        """Why the ring serves no more requests, if so."""
 
     def stats(self) -> dict[str, int]: ...
 
     def close(self) -> None:
         """Drain all rings and release every descriptor and mapping."""
+
+
+class Host(Protocol):
+    """What a session asks of its transport."""
+
+    def open_channel(self, fd: int) -> None:
+        """Use *fd* to talk to the front end of our own accord."""
+
+    def save_state(self, fd: int, data: bytes) -> None:
+        """Write all of *data* now."""
+
+    def hold_state(self, fd: int) -> None:
+        """Keep *fd* for `load_state`."""
+
+    def load_state(self) -> bytes:
+        """All that the front end wrote to the descriptor kept by `hold_state`, which it has closed by now."""

@@ -40,6 +40,7 @@ def set_mem_table(session: Session, message: MemTable, fds: Fds) -> None:
     try:
         for region, fd in zip(message.regions, fds, strict=True):
             _add(session, region, fd)
+        session.backend.mem_commit()
     except ValueError:
         _forget_all(session)
         raise

@@ -148,19 +148,7 @@ class DeviceState:
     layout: ClassVar[Construct] = wire.DeviceState
 
 
-Message = (
-    Empty
-    | U64
-    | VringFd
-    | VringState
-    | VringAddr
-    | MemTable
-    | MemRegion
-    | Log
-    | Config
-    | Inflight
-    | DeviceState
-)
+Message = Empty | U64 | VringFd | VringState | VringAddr | MemTable | MemRegion | Log | Config | Inflight | DeviceState
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,9 +223,7 @@ _MEM_TABLE = Payload(
     wire.MemTableHead.sizeof() + wire.MEM_TABLE_REGIONS_MAX * wire.REGION_BYTES,
     _decode_mem_table,
 )
-_CONFIG = Payload(
-    wire.ConfigHead.sizeof(), wire.ConfigHead.sizeof() + wire.CONFIG_DATA_MAX_BYTES, _decode_config
-)
+_CONFIG = Payload(wire.ConfigHead.sizeof(), wire.ConfigHead.sizeof() + wire.CONFIG_DATA_MAX_BYTES, _decode_config)
 _INFLIGHT = _plain(Inflight)
 
 PAYLOADS: dict[int, Payload] = {
@@ -290,9 +276,7 @@ def decode_header(data: bytes) -> Header:
         raise Violation(f"{name}: the reply bit is set in a request")
     payload = PAYLOADS.get(header.request, _UNKNOWN)
     if not payload.min_bytes <= header.size_bytes <= payload.max_bytes:
-        raise Violation(
-            f"{name}: payload of {header.size_bytes} bytes, not {payload.min_bytes} to {payload.max_bytes}"
-        )
+        raise Violation(f"{name}: payload of {header.size_bytes} bytes, not {payload.min_bytes} to {payload.max_bytes}")
     return header
 
 

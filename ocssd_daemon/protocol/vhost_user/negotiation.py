@@ -68,7 +68,7 @@ def reset_owner(session: Session, message: Message, fds: Fds) -> None:
 
 
 def set_backend_req_fd(session: Session, message: Message, fds: Fds) -> None:
-    session.open_channel(fds[0])
+    session.host.open_channel(fds[0])
 
 
 def reset_device(session: Session, message: Message, fds: Fds) -> None:
@@ -87,5 +87,5 @@ def set_status(session: Session, message: U64, fds: Fds) -> None:
 
 
 def get_status(session: Session, message: Message, fds: Fds) -> U64:
-    broken = any(session.backend.broken(index) for index in range(session.num_queues))
+    broken = any(session.backend.broken(index) is not None for index in range(session.num_queues))
     return U64(session.status | (DeviceStatus.DEVICE_NEEDS_RESET if broken else 0))

@@ -34,9 +34,7 @@ def set_vring_addr(session: Session, message: VringAddr, fds: Fds) -> None:
     # Allowed while the ring runs: this is how a front end switches the logging of the used ring.
     if message.flags & ~VRING_FLAG_LOG:
         raise Refusal(f"unknown flags {message.flags:#x}")
-    session.backend.vring_addr(
-        message.index, message.flags, message.desc, message.used, message.avail, message.log
-    )
+    session.backend.vring_addr(message.index, message.flags, message.desc, message.used, message.avail, message.log)
 
 
 def set_vring_base(session: Session, message: VringState, fds: Fds) -> None:

@@ -41,8 +41,8 @@ from functools import reduce
 from operator import or_
 from typing import Any
 
-from ocssd_daemon.protocol.vhost_user import configuration, memory, negotiation, rings
-from ocssd_daemon.protocol.vhost_user.backend import Backend
+from ocssd_daemon.protocol.vhost_user import configuration, memory, migration, negotiation, rings
+from ocssd_daemon.protocol.vhost_user.backend import Backend, Host
 from ocssd_daemon.protocol.vhost_user.messages import (
     U64,
     Empty,
@@ -103,11 +103,12 @@ class Session:
 
     backend: Backend
     num_queues: int
-    open_channel: Callable[[int], None]  # borrows the back-end channel's descriptor, or raises ValueError
+    host: Host
     known_config: bytes | None = None  # what the front end of this socket read last
     features: Feature = NO_FEATURE
     protocol_features: ProtocolFeature = NOTHING
     status: int = 0
+    transfer: migration.Transfer = migration.Transfer.NONE
     regions: list[tuple[int, int, int]] = field(default_factory=list)  # (gpa, size_bytes, user_addr)
     rings: list[Ring] = field(default_factory=list)
 
@@ -222,6 +223,8 @@ RULES: dict[int, Rule] = {
     Request.SET_VRING_CALL: Rule(rings.set_vring_call),
     Request.SET_VRING_ERR: Rule(rings.set_vring_err),
     Request.SET_VRING_ENABLE: Rule(rings.set_vring_enable),
+    Request.SET_DEVICE_STATE_FD: Rule(migration.set_device_state_fd, _F.DEVICE_STATE, replies=True, fds=1),
+    Request.CHECK_DEVICE_STATE: Rule(migration.check_device_state, _F.DEVICE_STATE, replies=True),
     Request.GET_CONFIG: Rule(configuration.get_config, _F.CONFIG, replies=True, refusal=Empty()),
     Request.SET_CONFIG: Rule(configuration.set_config, _F.CONFIG),
 }
