@@ -281,13 +281,12 @@ cdef inline void vhost_reset_queue(vhost_t *self, vhost_queue_t *queue) noexcept
 
 
 cdef inline void vhost_reset(vhost_t *self) noexcept nogil:
-    """RESET_DEVICE. Memory and error fds stay: a front end does not send them again."""
+    """RESET_DEVICE. Memory, error fds and the write cache mode stay: a front end does not send them again."""
     cdef uint32_t i
     for i in range(self.queue_count):
         vhost_reset_queue(self, &self.queues[i])
     foreign_unmap(&self.inflight_map)
     self.blk.features = 0
-    self.blk.writeback = True
     self.log.active = False
     self.enable_needed = True
     vhost_relist(self)

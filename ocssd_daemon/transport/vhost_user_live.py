@@ -139,7 +139,7 @@ class LiveSession:
 
     def ring_broke(self, index: int, memory_lost: bool) -> None:
         """The reactor stopped a ring, for good or (the file behind guest memory shrank) with the session."""
-        why = self.backend.broken(index)
+        why = self.backend.fault(index)
         self._warn("vhost.ring_broken", peer=self.conn.peer(), ring=index, reason=why)
         if memory_lost and self._nursery is not None:
             self._fault = "guest memory went away under a mapping"

@@ -76,6 +76,21 @@ def ranges(*items: tuple[int, int, int]) -> bytes:
     return b"".join(struct.pack("<QII", *item) for item in items)
 
 
+def lay_out(memory: GuestMemory, type: int, sector: int = 0, out: bytes = b"", in_size: int = 0) -> Request:
+    """Lay out a request in three segments: header, data, status."""
+    chain = [Seg(memory.put(header(type, sector)), 16)]
+    data_at = 0
+    if out:
+        data_at = memory.put(out)
+        chain.append(Seg(data_at, len(out)))
+    if in_size:
+        data_at = memory.put(b"\x55" * in_size)
+        chain.append(Seg(data_at, in_size, writable=True))
+    status_at = memory.put(bytes([UNTOUCHED]))
+    chain.append(Seg(status_at, 1, writable=True))
+    return Request(memory, chain, status_at, data_at, in_size or len(out))
+
+
 class BlkRig:
     """A device with one driver. Use as a context manager."""
 
@@ -135,18 +150,7 @@ class BlkRig:
         self.device.vring_enable(index, True)
 
     def request(self, type: int, sector: int = 0, out: bytes = b"", in_size: int = 0) -> Request:
-        """Lay out a request in three segments: header, data, status."""
-        chain = [Seg(self.memory.put(header(type, sector)), 16)]
-        data_at = 0
-        if out:
-            data_at = self.memory.put(out)
-            chain.append(Seg(data_at, len(out)))
-        if in_size:
-            data_at = self.memory.put(b"\x55" * in_size)
-            chain.append(Seg(data_at, in_size, writable=True))
-        status_at = self.memory.put(bytes([UNTOUCHED]))
-        chain.append(Seg(status_at, 1, writable=True))
-        return Request(self.memory, chain, status_at, data_at, in_size or len(out))
+        return lay_out(self.memory, type, sector, out, in_size)
 
     def run(self, request: Request, *, indirect: bool = False) -> int:
         """Submit, serve, and take the completion; the status."""

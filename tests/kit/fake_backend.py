@@ -77,7 +77,10 @@ class FakeBackend:
         os.ftruncate(fd, 4096)
         return fd, 4096, 0
 
-    def broken(self, index: int) -> str | None:
+    def broken(self, index: int) -> bool:
+        return index in self.broken_rings
+
+    def fault(self, index: int) -> str | None:
         return self.broken_rings.get(index)
 
     def stats(self) -> dict[str, int]:

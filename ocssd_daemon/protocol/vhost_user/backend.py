@@ -65,8 +65,10 @@ class Backend(Protocol):
     def reset_device(self) -> None:
         """Drop rings, features and inflight region; keep memory and error descriptors."""
 
-    def broken(self, index: int) -> str | None:
-        """Why the ring serves no more requests, if so."""
+    def broken(self, index: int) -> bool: ...
+
+    def fault(self, index: int) -> str | None:
+        """Why the ring is broken, if it is; one sentence."""
 
     def stats(self) -> dict[str, int]: ...
 

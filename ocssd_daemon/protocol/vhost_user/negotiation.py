@@ -87,5 +87,5 @@ def set_status(session: Session, message: U64, fds: Fds) -> None:
 
 
 def get_status(session: Session, message: Message, fds: Fds) -> U64:
-    broken = any(session.backend.broken(index) is not None for index in range(session.num_queues))
+    broken = any(session.backend.broken(index) for index in range(session.num_queues))
     return U64(session.status | (DeviceStatus.DEVICE_NEEDS_RESET if broken else 0))
