@@ -113,10 +113,7 @@ class Daemon:
 
     def environment(self) -> dict[str, str]:
         """Variables for a command that wants to attach: $uri, $socket, $ctl, as far as they exist."""
-        found = {
-            door.variable: door.uri(listener.address, self.settings)
-            for door, listener in reversed(self.doors)
-        }
+        found = {door.variable: door.uri(listener.address, self.settings) for door, listener in reversed(self.doors)}
         if self.control is not None and self.control.path:
             found["ctl"] = self.control.path
         return found
@@ -162,9 +159,7 @@ class Daemon:
         self.device.start(ended)
         await self._tasks.start("reactor", self._dispatch_reports, self.device)
         if self._notifier.watchdog_interval_s:
-            await self._tasks.start(
-                "reactor", self._feed_watchdog, self.device, self._notifier.watchdog_interval_s
-            )
+            await self._tasks.start("reactor", self._feed_watchdog, self.device, self._notifier.watchdog_interval_s)
 
     async def stop_reactor(self) -> None:
         await self._tasks.end("reactor")
@@ -177,9 +172,7 @@ class Daemon:
             await trio.lowlevel.wait_readable(device.reactor.event_fd)
             device.dispatch()
 
-    async def _feed_watchdog(
-        self, device: Device, every_s: float, *, task_status: trio.TaskStatus[None]
-    ) -> None:
+    async def _feed_watchdog(self, device: Device, every_s: float, *, task_status: trio.TaskStatus[None]) -> None:
         """Tell the manager that we live, each time after the loop has proved it: it gave its lock away."""
         task_status.started()
         while True:
@@ -221,9 +214,7 @@ class Daemon:
         if not passed and path is None:
             return
         self.control = passed[0] if passed else open_listener(unix_address(path or ""))
-        await self._tasks.start(
-            "control", serve_control, self.control.sockets, handlers(self.device, self.addresses)
-        )
+        await self._tasks.start("control", serve_control, self.control.sockets, handlers(self.device, self.addresses))
 
     def _default_control(self) -> str | None:
         paths = [listener.path for _, listener in self.doors if listener.path and not listener.inherited]
@@ -237,9 +228,10 @@ class Daemon:
     # Step ready: say so, and watch whom we depend on.
 
     async def say_ready(self) -> None:
+        if self.options.exit_with_parent:
+            await self._tasks.start("companions", self._watch_parent)
         if self._pidfile is not None:
             self._pidfile.write()
-        self._notifier.send(READY=1, STATUS=f"serving {' '.join(self.addresses())}")
         log.info(
             kv(
                 "ready",
@@ -249,10 +241,9 @@ class Daemon:
         )
         if self.options.on_ready is not None:
             self.options.on_ready(self)
+        self._notifier.send(READY=1, STATUS=f"serving {' '.join(self.addresses())}")
         if self.options.run is not None:
             await self._tasks.start("companions", self._run_command, self.options.run)
-        if self.options.exit_with_parent:
-            await self._tasks.start("companions", self._watch_parent)
 
     async def say_stopping(self) -> None:
         self._notifier.send(STOPPING=1)

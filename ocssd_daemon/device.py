@@ -54,6 +54,7 @@ class Device:
         self._reports: dict[int, Callable[[int], None]] = {}
         self._last_token = 0
         self._thread: threading.Thread | None = None
+        self._stopped = False
 
     def close(self) -> None:
         """Clean stop of a device whose reactor stands still: program the buffers, leave a checkpoint."""
@@ -63,17 +64,19 @@ class Device:
     # The reactor: one named thread, which runs without the GIL.
 
     def start(self, on_end: Callable[[], None] = lambda: None) -> None:
-        """Start the loop that serves requests; *on_end* is called in its thread when it ends."""
+        """Start the loop that serves requests; *on_end* is called in its thread if it ends unasked."""
 
         def run() -> None:
             self.reactor.run()
-            on_end()
+            if not self._stopped:
+                on_end()
 
         self._thread = threading.Thread(target=run, name="reactor", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
         """Stop the loop and wait for it; what it had deferred is completed first."""
+        self._stopped = True
         self.reactor.stop()
         if self._thread is not None:
             self._thread.join()

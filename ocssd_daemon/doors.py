@@ -62,10 +62,12 @@ def _nbd_addresses(settings: Settings) -> list[Address]:
 
 def _nbd_uri(address: Address, settings: Settings) -> str:
     """An NBD URI (nbd/doc/uri.md)."""
+    scheme = "nbds" if settings.nbd.tls.mode == "require" else "nbd"
+    export = quote(settings.nbd.export, safe="")
     if isinstance(address, UnixAddress):
-        return f"nbd+unix:///?socket={quote(address.path)}"
+        return f"{scheme}+unix:///{export}?socket={quote(address.path)}"
     host = f"[{address.host}]" if ":" in address.host else address.host or "localhost"
-    return f"nbd://{host}:{address.port}/"
+    return f"{scheme}://{host}:{address.port}/{export}"
 
 
 def _nbd_serve() -> Serve:

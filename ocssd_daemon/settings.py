@@ -83,10 +83,26 @@ class VhostSettings(Section, frozen=True):
     serial: Annotated[str, Meta(max_length=20, description="serial number that the guest reads")] = "ocssd"
 
 
+class TlsSettings(Section, frozen=True):
+    """TLS for NBD. Files are PEM; for pre-shared keys, lines of identity:hexadecimal-key."""
+
+    mode: Annotated[Literal["off", "allow", "require"], _text("whether clients may, or must, start TLS")] = "off"
+    certificate: Annotated[str | None, _text("file with our certificate, and the chain to its issuer")] = None
+    key: Annotated[str | None, _text("file with the certificate's key, if that has none in it")] = None
+    client_ca: Annotated[str | None, _text("file with the authorities whose clients alone may come")] = None
+    psk_file: Annotated[str | None, _text("file with pre-shared keys (needs Python 3.13)")] = None
+
+
 class NbdSettings(Section, frozen=True):
     """NBD."""
 
     listen: Annotated[tuple[str, ...], _text("addresses: unix:PATH or tcp:HOST:PORT")] = ()
+    export: Annotated[str, Meta(max_length=4096, description="name of the export; also the default one")] = ""
+    insecure: Annotated[bool, _text("allow TCP without TLS on an address that is not loopback")] = False
+    max_connections: Annotated[int, _int(1, 4096, "clients at once; further ones are turned away")] = 64
+    handshake_seconds: Annotated[float, _number_from(0.1, 3600.0, "time for a client to finish negotiating")] = 10.0
+    max_payload_bytes: Annotated[int, _int(1 << 20, 64 << 20, "largest request that is taken")] = 32 << 20
+    tls: TlsSettings = TlsSettings()
 
 
 class ControlSettings(Section, frozen=True):

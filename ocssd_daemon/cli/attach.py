@@ -34,8 +34,6 @@ SECTIONS: dict[str, tuple[str, Callable[[str], str]]] = {
 def attach_text(environment: dict[str, str]) -> str:
     """All lines, under headings."""
     parts = [
-        f"{heading}\n  {line(environment[name])}"
-        for name, (heading, line) in SECTIONS.items()
-        if name in environment
+        f"{heading}\n  {line(environment[name])}" for name, (heading, line) in SECTIONS.items() if name in environment
     ]
     return "\n\n" + "\n\n".join(parts) + "\n\nCtrl-C stops it.\n"

@@ -117,9 +117,7 @@ def _cell(value: Any) -> str:
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option(
-    "--control", envvar="OCSSD_CONTROL", metavar="PATH", help="Control socket; default: the only one."
-)
+@click.option("--control", envvar="OCSSD_CONTROL", metavar="PATH", help="Control socket; default: the only one.")
 @click.version_option(__version__, prog_name="ocssd")
 @click.pass_context
 def main(context: click.Context, control: str | None) -> None:
@@ -129,9 +127,7 @@ def main(context: click.Context, control: str | None) -> None:
 
 def _plain_command(method: str) -> None:
     @main.command(method, help=schema.METHODS[method].effect)
-    @click.option(
-        "-o", "--output", type=click.Choice(["text", "json"]), default="text", help="Form of the output."
-    )
+    @click.option("-o", "--output", type=click.Choice(["text", "json"]), default="text", help="Form of the output.")
     @click.pass_obj
     def command(control: str | None, output: str) -> None:
         _show(call(_find(control), method), output)

@@ -31,6 +31,7 @@ SHORT_FORMS = {
     "size": "size",
     "durability": "durability",
     "read_only": "read_only",
+    "insecure": "nbd.insecure",
 }
 
 WAYS = """no transport named; name one or more of these ways to attach the disk:
@@ -71,7 +72,7 @@ def _print_capabilities(context: click.Context, parameter: click.Parameter, want
         context.exit()
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.option(
     "--socket",
     "--socket-path",
@@ -79,34 +80,19 @@ def _print_capabilities(context: click.Context, parameter: click.Parameter, want
     metavar="PATH",
     help="Serve vhost-user-blk at this Unix socket.",
 )
-@click.option(
-    "--fd", type=click.IntRange(0), metavar="N", help="Serve vhost-user-blk on this inherited socket."
-)
-@click.option(
-    "--nbd", multiple=True, metavar="ADDRESS", help="Serve NBD at unix:PATH or tcp:HOST:PORT. Repeatable."
-)
-@click.option(
-    "--control", metavar="PATH", help="Control socket for ocssd; default: the first socket's path + .ctl."
-)
-@click.option(
-    "--store", "--blk-file", metavar="FILE", help="Keep the flash in this image file; default: RAM."
-)
-@click.option(
-    "--size", metavar="SIZE", help="Raw flash, such as 4G; the disk is smaller by the over-provisioning."
-)
+@click.option("--fd", type=click.IntRange(0), metavar="N", help="Serve vhost-user-blk on this inherited socket.")
+@click.option("--nbd", multiple=True, metavar="ADDRESS", help="Serve NBD at unix:PATH or tcp:HOST:PORT. Repeatable.")
+@click.option("--control", metavar="PATH", help="Control socket for ocssd; default: the first socket's path + .ctl.")
+@click.option("--store", "--blk-file", metavar="FILE", help="Keep the flash in this image file; default: RAM.")
+@click.option("--size", metavar="SIZE", help="Raw flash, such as 4G; the disk is smaller by the over-provisioning.")
 @click.option("--preset", default="default", metavar="NAME", help=f"Start from: {', '.join(sets.PRESETS)}.")
 @click.option("--config", metavar="FILE", help="Settings in TOML.")
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="One setting. Repeatable.")
-@click.option(
-    "--durability", metavar="process|host", help="What a FLUSH survives; host: also a crash of this machine."
-)
+@click.option("--durability", metavar="process|host", help="What a FLUSH survives; host: also a crash of this machine.")
 @click.option("--read-only", is_flag=True, help="Refuse every write.")
-@click.option(
-    "--pidfile", metavar="PATH", help="Write the process id here when ready; locked, removed at the end."
-)
-@click.option(
-    "--run", metavar="COMMAND", help="When ready run this with $uri, $socket and $ctl; end when it ends."
-)
+@click.option("--insecure", is_flag=True, help="Allow NBD over TCP without TLS on an address that is not loopback.")
+@click.option("--pidfile", metavar="PATH", help="Write the process id here when ready; locked, removed at the end.")
+@click.option("--run", metavar="COMMAND", help="When ready run this with $uri, $socket and $ctl; end when it ends.")
 @click.option("--exit-with-parent", is_flag=True, help="End when the parent process does.")
 @click.option("--show-attach", is_flag=True, help="When ready print the command lines that attach the disk.")
 @click.option("--check", is_flag=True, help="Only check the settings; say what the device would be.")
@@ -147,6 +133,7 @@ def _serve(settings: sets.Settings, flags: dict[str, Any], named: frozenset[str]
     import trio
 
     from ocssd_daemon.daemon import Daemon, Options
+    from ocssd_daemon.device import DeviceError
     from ocssd_daemon.nand.store import StoreError
     from ocssd_daemon.pidfile import PidfileError
     from ocssd_daemon.transport.listen import ListenError, inherited
@@ -163,7 +150,7 @@ def _serve(settings: sets.Settings, flags: dict[str, Any], named: frozenset[str]
         passed = inherited()
         _check_ways(settings, options, passed)
         return trio.run(Daemon(settings, options, passed).main)
-    except sets.SettingsError as error:
+    except (sets.SettingsError, DeviceError) as error:
         fail(str(error), 2)
     except (PidfileError, ListenError, StoreError) as error:
         fail(str(error), 1)
@@ -180,9 +167,7 @@ def _check_ways(settings: sets.Settings, options: Any, passed: dict[str, Any]) -
     if unknown:
         fail(f"FileDescriptorName={min(unknown)}: must be one of {', '.join(DOORS)}, control", 2)
     if passed and (named or options.fd is not None or options.run is not None):
-        fail(
-            "sockets were passed by the service manager: --socket, --fd, --nbd and --run are not for here", 2
-        )
+        fail("sockets were passed by the service manager: --socket, --fd, --nbd and --run are not for here", 2)
     if options.fd is not None and settings.vhost.socket is not None:
         fail("--fd and --socket exclude each other", 2)
     if not named and not passed.keys() & DOORS.keys() and options.fd is None:
