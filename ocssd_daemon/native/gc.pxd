@@ -16,7 +16,8 @@ from ocssd_daemon.native.ftl cimport (
     VICTIM_COST_BENEFIT, VICTIM_D_CHOICES, VICTIM_FIFO, VICTIM_GREEDY, VICTIM_RANDOM,
     ctz64, frontier_open, ftl_t, line_chunk, move_sector,
 )
-from ocssd_daemon.native.media cimport CHUNK_FREE, CHUNK_OFFLINE, MEDIA_OK, media_erase, ppa_of
+from ocssd_daemon.native.media cimport CHUNK_FREE, CHUNK_OFFLINE, MEDIA_OK, media_data, media_erase, ppa_of
+from ocssd_daemon.native.sys cimport prefetch
 
 cdef extern from "errno.h" nogil:
     int errno
@@ -222,7 +223,12 @@ cdef inline uint32_t move_word(ftl_t *f, uint32_t budget) noexcept nogil:
     cdef uint64_t *word = &f.valid[<uint64_t>chunk * f.words + row]
     cdef uint32_t base = <uint32_t>ppa_of(f.media, chunk, row << 6)
     cdef uint32_t moved = 0
+    cdef uint64_t rest
     while word[0] and moved < budget:
+        rest = word[0] & (word[0] - 1)
+        if rest:
+            # The next sector's first bytes arrive while this one is copied; hardware looks no further than a page.
+            prefetch(media_data(f.media, base + ctz64(rest)))
         if not move_sector(f, f.moved, base + ctz64(word[0])):
             return NO_PPA
         moved += 1

@@ -36,6 +36,7 @@ cdef extern from *:
     static inline void ocssd_store_release_u16(void *p, uint16_t v) { __atomic_store_n((uint16_t *)p, v, __ATOMIC_RELEASE); }
     static inline void ocssd_store_release_u32(void *p, uint32_t v) { __atomic_store_n((uint32_t *)p, v, __ATOMIC_RELEASE); }
     static inline void ocssd_store_release_u64(void *p, uint64_t v) { __atomic_store_n((uint64_t *)p, v, __ATOMIC_RELEASE); }
+    static inline void ocssd_prefetch(const void *p) { __builtin_prefetch(p); }
     static inline void ocssd_full_fence(void) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
     static inline void ocssd_release_fence(void) { __atomic_thread_fence(__ATOMIC_RELEASE); }
     static inline void ocssd_eventfd_signal(int fd) {
@@ -55,6 +56,7 @@ cdef extern from *:
     void store_release_u16 "ocssd_store_release_u16" (void *p, uint16_t v) noexcept nogil
     void store_release_u32 "ocssd_store_release_u32" (void *p, uint32_t v) noexcept nogil
     void store_release_u64 "ocssd_store_release_u64" (void *p, uint64_t v) noexcept nogil
+    void prefetch "ocssd_prefetch" (const void *p) noexcept nogil      # never faults, whatever the address
     void full_fence "ocssd_full_fence" () noexcept nogil
     void release_fence "ocssd_release_fence" () noexcept nogil
     # Both ignore every error but EINTR: a full counter is still a signal, and a peer may hand us any kind of fd.
