@@ -19,10 +19,8 @@ cdef extern from *:
         memcpy(to, from, bytes);
         __asm__ __volatile__("" ::: "memory");
     }
-    static inline void ocssd_prefetch(const void *p) { __builtin_prefetch(p); }
     """
     void copy_once "ocssd_copy_once" (void *to, const void *source, size_t bytes) noexcept nogil
-    void prefetch "ocssd_prefetch" (const void *p) noexcept nogil
 
 
 cdef enum:

@@ -8,7 +8,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 from ocssd_daemon.native.chain cimport (
     CHAIN_SEGMENTS, FAULT_AVAIL_JUMP, FAULT_CHAIN_LOOP, FAULT_DUPLICATE, FAULT_HEAD_RANGE, FAULT_INDIRECT,
-    FAULT_NONE, FAULT_PACKED_FLAGS, chain_add, chain_begin, chain_close, chain_t, copy_once, prefetch,
+    FAULT_NONE, FAULT_PACKED_FLAGS, chain_add, chain_begin, chain_close, chain_t, copy_once,
 )
 from ocssd_daemon.native.dirtylog cimport dirtylog_mark
 from ocssd_daemon.native.gmem cimport gmem_at
@@ -16,7 +16,7 @@ from ocssd_daemon.native.inflight cimport (
     inflight_packed_cleared, inflight_packed_linked, inflight_packed_shadow, inflight_packed_taken,
     inflight_read_shadow,
 )
-from ocssd_daemon.native.sys cimport full_fence, load_acquire_u16, store_release_u16
+from ocssd_daemon.native.sys cimport full_fence, load_acquire_u16, prefetch, store_release_u16
 from ocssd_daemon.native.vring cimport (
     DESC_BYTES, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, packed_desc_t, vring_event_passed, vring_log_used,
     vring_t, vring_take, vring_used_t,

@@ -9,11 +9,11 @@ from libc.string cimport memcpy
 
 from ocssd_daemon.native.chain cimport (
     CHAIN_SEGMENTS, FAULT_AVAIL_JUMP, FAULT_CHAIN_LOOP, FAULT_DUPLICATE, FAULT_HEAD_RANGE, FAULT_INDIRECT,
-    FAULT_NEXT_RANGE, FAULT_NONE, chain_add, chain_begin, chain_close, chain_t, copy_once, prefetch,
+    FAULT_NEXT_RANGE, FAULT_NONE, chain_add, chain_begin, chain_close, chain_t, copy_once,
 )
 from ocssd_daemon.native.gmem cimport gmem_at
 from ocssd_daemon.native.inflight cimport inflight_split_cleared, inflight_split_linked, inflight_split_taken
-from ocssd_daemon.native.sys cimport full_fence, load_acquire_u16, store_release_u16
+from ocssd_daemon.native.sys cimport full_fence, load_acquire_u16, prefetch, store_release_u16
 from ocssd_daemon.native.vring cimport (
     DESC_BYTES, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, vring_desc_t, vring_event_passed, vring_log_used, vring_t,
     vring_take,
