@@ -481,12 +481,14 @@ cdef inline void reactor_disarm(reactor_t *r) noexcept nogil:
 cdef inline void reactor_adapt(reactor_t *r, uint64_t slept_ns) noexcept nogil:
     """Poll longer when a sleep turned out short (polling would have caught the work), shorter when it was long.
 
+    A sleep includes the time that waking up takes, so work that came at once still looks like a sleep of that length.
     Polling never pays for a wait that is longer than the limit, so one such sleep halves the time; the floor of
     zero is reached after a few idle periods, and one short sleep brings it back.
     """
-    if slept_ns <= r.poll_max_ns:
+    cdef uint64_t short_ns = r.poll_max_ns + SLEEP_SLACK_NS
+    if slept_ns <= short_ns:
         r.poll_ns = r.poll_max_ns
-    elif slept_ns > 4 * r.poll_max_ns:
+    elif slept_ns > 4 * short_ns:
         r.poll_ns >>= 1
 
 
