@@ -77,6 +77,9 @@ class VhostDevice:
     def arm(self) -> bool:
         """Ask for notifications as before a sleep; true when there is work already."""
 
+    def disarm(self) -> None:
+        """Suppress notifications as after a sleep."""
+
     def broken(self, index: int) -> bool: ...
     def fault(self, index: int) -> str | None:
         """What the driver did to break the ring, one sentence."""

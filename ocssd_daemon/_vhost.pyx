@@ -16,7 +16,7 @@ from ocssd_daemon._fast cimport Disk, Reactor
 from ocssd_daemon.native cimport chain, vblk, vhost_rings
 from ocssd_daemon.native.gmem cimport gmem_poisoned
 from ocssd_daemon.native.reactor cimport reactor_add, reactor_lock, reactor_unlock
-from ocssd_daemon.native.vhost cimport vhost_arm, vhost_poll, vhost_queue_t, vhost_relist, vhost_t
+from ocssd_daemon.native.vhost cimport vhost_arm, vhost_disarm, vhost_poll, vhost_queue_t, vhost_relist, vhost_t
 from ocssd_daemon.native.vhost_setup cimport (
     MEMORY_REGIONS, vhost_break_unmapped, vhost_close, vhost_inflight_bytes, vhost_inflight_refusal,
     vhost_inflight_set, vhost_init, vhost_log_base, vhost_mem_add, vhost_mem_remove, vhost_mem_reset, vhost_reset,
@@ -292,6 +292,11 @@ cdef class VhostDevice:
         cdef bint work = vhost_arm(&self.dev.source)
         self._unlock()
         return work
+
+    def disarm(self):
+        self._lock()
+        vhost_disarm(&self.dev.source)
+        self._unlock()
 
     def fault(self, index):
         cdef int fault = self._queue(index).fault

@@ -36,6 +36,8 @@ class Seg:
 class Queue:
     """What both layouts have: memory, size, eventfds, free ids."""
 
+    packed: bool
+
     def __init__(self, memory: GuestMemory, num: int, *, event_idx: bool = False) -> None:
         self.memory = memory
         self.num = num
@@ -221,7 +223,7 @@ class Packed(Queue):
         return self.device_event[1] == 1
 
     def completed(self) -> list[tuple[int, int]]:
-        taken = []
+        taken: list[tuple[int, int]] = []
         while True:
             _, size, id, flags = DESC.unpack(self.memory.read(self.desc + 16 * self.next_used, 16))
             if bool(flags & AVAIL) != bool(self.used_wrap) or bool(flags & USED) != bool(self.used_wrap):
