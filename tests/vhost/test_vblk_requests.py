@@ -1,4 +1,4 @@
-"""virtio-blk requests one at a time: cases BLK-01 to BLK-13 of the malformed-input matrix, and what well-formed ones do."""
+"""virtio-blk requests one at a time: cases BLK-01 to BLK-13 of the malformed-input matrix, and well-formed ones."""
 
 from __future__ import annotations
 

@@ -1,11 +1,12 @@
 """Drivers that break the rules of a virtqueue: cases VQ-01 to VQ-28 of the malformed-input matrix.
 
-The reaction is one of: the queue breaks (its error fd is signalled, the loop reports it, nothing else suffers), the guest
-gets an error status, or the request is served. In no case may the daemon touch memory that is not the guest's.
+The reaction is one of: the queue breaks (its error fd is signalled, the loop reports it, nothing else suffers), the
+guest gets an error status, or the request is served. In no case may the daemon touch memory that is not the guest's.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable
 
@@ -330,7 +331,7 @@ def test_VQ_13_a_header_in_several_descriptors_is_served(rig: BlkRig, cuts: list
         rig.write(8, b"\x11" * 512)
         request = rig.request(IN, 8, in_size=512)
         at, edges = request.chain[0].addr, [0, *cuts, 16]
-        request.chain[0:1] = [Seg(at + a, b - a) for a, b in zip(edges, edges[1:], strict=False)]
+        request.chain[0:1] = [Seg(at + a, b - a) for a, b in itertools.pairwise(edges)]
         assert rig.run(request, indirect=True) == OK
         assert request.data == b"\x11" * 512
 
