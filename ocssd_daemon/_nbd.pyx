@@ -14,7 +14,7 @@ import os
 
 from ocssd_daemon._fast cimport Disk, Reactor
 from ocssd_daemon.native.nbdconn cimport (
-    CONN_CLOSED, END_DISCONNECT, END_EOF, END_ERROR, END_MEMORY, END_PROTOCOL, IN_BYTES, MAX_CONTEXTS,
+    CONN_CLOSED, END_DISCONNECT, END_EOF, END_ERROR, END_MEMORY, END_PROTOCOL, END_SHUTDOWN, IN_BYTES, MAX_CONTEXTS,
     conn_arm, conn_complete, conn_disarm, conn_end, conn_poll, conn_ready, handler_t, nbd_conn_t,
     nbd_offered_flags, nbd_stats_t, step_block_status, step_cache, step_disconnect, step_flush, step_read,
     step_trim, step_write, step_write_zeroes,
@@ -49,6 +49,7 @@ ENDS = {
     END_ERROR: "connection lost",
     END_PROTOCOL: "client broke the protocol",
     END_MEMORY: "out of memory",
+    END_SHUTDOWN: "shut down",
 }
 
 
@@ -138,10 +139,11 @@ cdef class NbdConnection:
             raise OSError(failed, os.strerror(failed))
 
     def shutdown(self):
-        """Refuse every further request with ESHUTDOWN; what was taken is still answered."""
+        """Answer what has been sent so far, refuse requests that come now with ESHUTDOWN, then end."""
         with nogil:
             reactor_lock(self.c.reactor)
             self.c.shutting_down = 1
+            self.c.source.more = self.c.state != CONN_CLOSED
             reactor_unlock(self.c.reactor)
 
     def stop(self):

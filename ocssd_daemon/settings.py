@@ -97,7 +97,9 @@ class NbdSettings(Section, frozen=True):
     """NBD."""
 
     listen: Annotated[tuple[str, ...], _text("addresses: unix:PATH or tcp:HOST:PORT")] = ()
-    export: Annotated[str, Meta(max_length=4096, description="name of the export; also the default one")] = ""
+    export: Annotated[
+        str, Meta(min_length=1, max_length=1024, description='name of the export, which is also the default ""')
+    ] = "ocssd"
     insecure: Annotated[bool, _text("allow TCP without TLS on an address that is not loopback")] = False
     max_connections: Annotated[int, _int(1, 4096, "clients at once; further ones are turned away")] = 64
     handshake_seconds: Annotated[float, _number_from(0.1, 3600.0, "time for a client to finish negotiating")] = 10.0

@@ -118,6 +118,7 @@ cdef enum:                          # reports: why it ended
     END_ERROR = 3                   # the socket failed
     END_PROTOCOL = 4                # framing lost
     END_MEMORY = 5
+    END_SHUTDOWN = 6
 
 ctypedef enum step_t:
     STEP_DONE                       # the request is answered
@@ -734,6 +735,8 @@ cdef inline void conn_settle(nbd_conn_t *c, bint starved) noexcept nogil:
     else:
         c.source.more = c.state == CONN_OPEN and not starved and not conn_full(c)
         conn_watch(c)
+    if c.shutting_down and starved and not owed:
+        conn_end(c, END_SHUTDOWN)
 
 
 cdef inline int conn_poll(source_t *source, int budget) noexcept nogil:

@@ -119,14 +119,18 @@ class _Agreed:
 class ServerHandshake:
     """Negotiates one connection.
 
-    Args: *exports* by name, the first is also the default export ``""``; *tls* the policy.
+    Args: *exports* by name, the first is also the default export ``""``; *tls* the policy; *refusal* why every
+    option is refused, for a server that has no room.
     """
 
-    def __init__(self, exports: Iterable[Export], tls: TlsMode = TlsMode.OFF) -> None:
+    def __init__(
+        self, exports: Iterable[Export], tls: TlsMode = TlsMode.OFF, refusal: str | None = None
+    ) -> None:
         listed = list(exports)
         self._listed = listed
         self._exports = {"": listed[0], **{export.name: export for export in listed}}
         self._tls = tls
+        self._refusal = refusal
         self.tls_active = False
         self.state = State.CLIENT_FLAGS
         self._agreed = _Agreed()
@@ -235,6 +239,8 @@ class ServerHandshake:
         rule = _OPTIONS.get(self._option)
         if not (self._client_flags & HandshakeFlag.FIXED_NEWSTYLE) and self._option != Option.EXPORT_NAME:
             raise SessionLost("option other than EXPORT_NAME without FIXED_NEWSTYLE")
+        if self._refusal is not None and self._option != Option.ABORT:
+            raise OptionRefused(OptionReply.ERR_POLICY, self._refusal)
         if self._tls is TlsMode.REQUIRE and not self.tls_active and not (rule and rule.in_clear):
             raise OptionRefused(OptionReply.ERR_TLS_REQD, "this server requires TLS")
         if rule is None:
