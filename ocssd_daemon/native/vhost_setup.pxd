@@ -15,6 +15,7 @@ from ocssd_daemon.native.disk cimport disk_t
 from ocssd_daemon.native.foreign cimport foreign_map, foreign_t, foreign_unmap
 from ocssd_daemon.native.gmem cimport gmem_add, gmem_clear, gmem_remove
 from ocssd_daemon.native.inflight cimport inflight_queue_bytes
+from ocssd_daemon.native.inflight_recovery cimport inflight_stop
 from ocssd_daemon.native.reactor cimport reactor_add, reactor_drain, reactor_remove, reactor_t, reactor_watch
 from ocssd_daemon.native.vblk cimport vblk_init
 from ocssd_daemon.native.vhost cimport (
@@ -319,9 +320,18 @@ cdef inline bint vhost_init(vhost_t *self, disk_t *disk, reactor_t *reactor, uin
     return True
 
 
-cdef inline void vhost_close(vhost_t *self) noexcept nogil:
-    """Stop, leave the reactor, unmap and close everything."""
+cdef inline void vhost_leave_records(vhost_t *self) noexcept nogil:
+    """Let go of the in-flight records as they are: they alone tell a successor where a packed ring stands."""
     cdef uint32_t i
+    vhost_drain(self)
+    for i in range(self.queue_count):
+        inflight_stop(&self.queues[i].ring.inflight, False)
+
+
+cdef inline void vhost_close(vhost_t *self) noexcept nogil:
+    """Stop, leave the reactor, unmap and close everything. Who comes next goes on where the rings stand."""
+    cdef uint32_t i
+    vhost_leave_records(self)
     vhost_reset(self)
     reactor_remove(self.reactor, &self.source)
     for i in range(self.queue_count):

@@ -28,7 +28,6 @@ import trio
 from ocssd_daemon._vhost import FAULT_MEMORY_LOST, VhostDevice
 from ocssd_daemon.log import kv, per
 from ocssd_daemon.protocol.vhost_user.backend import Backend
-from ocssd_daemon.protocol.vhost_user.wire import CONFIG_WCE_OFFSET, Feature
 from ocssd_daemon.transport.fdsocket import FdSocket
 from ocssd_daemon.transport.vhost_user_live import DEFAULT_LIMITS, Limits, LiveSession
 
@@ -87,11 +86,6 @@ class Carried:
 
     known_config: bytes | None = None
     totals: Counter[str] = field(default_factory=Counter)
-
-    def into(self, backend: Backend) -> None:
-        """Give a new session's rings the write cache mode that the driver chose in the one before."""
-        if self.known_config is not None and backend.device_features & Feature.CONFIG_WCE:
-            backend.set_wce(self.known_config[CONFIG_WCE_OFFSET])
 
 
 class VhostUserServer:
@@ -177,7 +171,6 @@ class VhostUserServer:
         log.info(kv("vhost.disconnected", peer=peer))
 
     async def _converse(self, conn: FdSocket, backend: Backend) -> str:
-        self.carried.into(backend)
         self.live = LiveSession(
             conn, backend, self.num_queues, self.carried.known_config, warn=self.warn, limits=self.limits
         )

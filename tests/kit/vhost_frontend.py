@@ -23,6 +23,7 @@ from tests.kit.guest_memory import USER_OFFSET, GuestMemory
 from tests.kit.virtqueue import Packed, Split
 
 REPLY_S = 10.0
+EVERYTHING = (1 << 23) - 1  # every protocol feature there is
 FRESH_PACKED_BASE = 0x8000_8000  # both indices 0, both wrap counters 1
 NO_PAYLOAD = m.Empty()
 
@@ -59,12 +60,12 @@ class Frontend:
 
     # Connection.
 
-    async def connect(self, path: str) -> None:
+    async def connect(self, path: str, want: int = EVERYTHING) -> None:
         """Connect and negotiate as QEMU does when it realizes the device."""
         sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         await sock.connect(path)
         self.attach(sock)
-        await self.negotiate()
+        await self.negotiate(want)
 
     def attach(self, sock: trio.socket.SocketType) -> None:
         """Use a socket that is connected already."""
@@ -160,7 +161,7 @@ class Frontend:
 
     # Sequences.
 
-    async def negotiate(self, want: int = (1 << 23) - 1) -> None:
+    async def negotiate(self, want: int = EVERYTHING) -> None:
         """Connect: everything that is offered (within *want*) is acked, as QEMU does."""
         self.offered = await self.ask_number(Request.GET_FEATURES)
         offered = await self.ask_number(Request.GET_PROTOCOL_FEATURES)
@@ -207,6 +208,17 @@ class Frontend:
         for index in range(len(self.rings)):
             await self.do(Request.SET_VRING_ENABLE, m.VringState(index, 1))
         await self.set_status(0xF)
+
+    def fresh_rings(self) -> None:
+        """The driver lays out new rings, as after a reset."""
+        for ring in self.rings:
+            ring.close()
+        self.rings = [type(ring)(self.memory, ring.num, event_idx=True) for ring in self.rings]
+
+    def used_page(self, index: int) -> int:
+        """The guest page that the device writes used elements to."""
+        ring = self.rings[index]
+        return (ring.used if isinstance(ring, Split) else ring.desc) // 4096
 
     async def share_inflight(self) -> None:
         """Ask for a region the first time, and hand back the same one ever after."""

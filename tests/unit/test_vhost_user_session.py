@@ -117,7 +117,7 @@ def test_a_message_whose_feature_was_not_negotiated_is_refused(request_id):
     answer = driven.session.receive(m.Header(request_id, 1 | 8, len(payload)), payload, [MEMORY])
     assert rule.needs.name is not None
     assert rule.needs.name in answer.refused
-    assert driven.backend.calls == [("set_features", int(FEATURES))]
+    assert driven.backend.calls == [("set_features", FEATURES | 1 << 30)]
 
 
 def test_an_acknowledgement_is_sent_only_if_asked_for_and_negotiated():
@@ -270,11 +270,12 @@ def test_rings_that_were_never_set_up_may_be_enabled_and_stopped():
     assert driven.ask(Request.GET_VRING_BASE, m.VringState(1, 0)) == bytes.fromhex("01000000 00000000")
 
 
-def test_without_bit_30_a_kick_enables_the_ring():
+def test_without_bit_30_a_ring_runs_as_soon_as_it_is_kicked():
     driven = Driven()
     driven.send(Request.SET_FEATURES, m.U64(Feature.VERSION_1))
     driven.send(Request.SET_VRING_KICK, m.VringFd(0, True), [KICK])
-    assert driven.backend.called("vring_enable") == [(0, True)]
+    assert driven.backend.called("set_features")[-1] == (Feature.VERSION_1,)  # tells the rings so
+    assert driven.session.running
 
 
 @pytest.mark.parametrize(("request_id", "message"), [(Request.RESET_DEVICE, m.Empty()), (Request.SET_STATUS, m.U64(0))])
@@ -368,6 +369,16 @@ def test_a_front_end_that_reconnects_hears_of_what_changed_meanwhile():
     assert driven.session.config_is_news()
     driven.session.known_config = driven.backend.config()
     assert not driven.session.config_is_news()
+
+
+def test_a_front_end_that_reconnects_gets_the_write_cache_mode_back_and_a_new_one_does_not():
+    again, new = Driven(), Driven()
+    for driven in (again, new):
+        driven.session.known_config = blk_config(2048, wce=0)
+    new.ask(Request.GET_CONFIG, m.Config(0, 57, 0, bytes(57)))
+    for driven in (again, new):
+        driven.start()
+    assert (again.backend.wce, new.backend.wce) == (0, 1)
 
 
 def test_a_driver_that_sets_wce_hears_no_news_of_it():

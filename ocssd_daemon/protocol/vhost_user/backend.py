@@ -20,7 +20,8 @@ class Backend(Protocol):
     def device_features(self) -> int:
         """virtio and vhost feature bits that are implemented, without VHOST_USER_F_PROTOCOL_FEATURES."""
 
-    def set_features(self, features: int) -> None: ...
+    def set_features(self, features: int) -> None:
+        """Without VHOST_USER_F_PROTOCOL_FEATURES rings run from their start on, with it once they are enabled."""
 
     def config(self) -> bytes:
         """struct virtio_blk_config as it is now."""

@@ -29,7 +29,7 @@ def set_features(session: Session, message: U64, fds: Fds) -> None:
     changed = without(message.value ^ session.features, Feature.LOG_ALL)
     if session.started and changed:
         raise Refusal(f"features cannot change while a ring is started: {bit_names(changed, Feature)}")
-    session.backend.set_features(without(message.value, Feature.PROTOCOL_FEATURES))
+    session.backend.set_features(message.value)
     session.features = Feature(message.value)
 
 

@@ -62,10 +62,9 @@ def get_vring_base(session: Session, message: VringState, fds: Fds) -> VringStat
 
 
 def set_vring_kick(session: Session, message: VringFd, fds: Fds) -> None:
+    session.continue_configuration()
     session.backend.vring_kick(message.index, _fd(message, fds))
     session.rings[message.index].started = True
-    if Feature.PROTOCOL_FEATURES not in session.features:
-        _enable(session, message.index, True)
 
 
 def set_vring_call(session: Session, message: VringFd, fds: Fds) -> None:
@@ -79,12 +78,9 @@ def set_vring_err(session: Session, message: VringFd, fds: Fds) -> None:
 def set_vring_enable(session: Session, message: VringState, fds: Fds) -> None:
     if message.num not in (0, 1):
         raise Refusal(f"enable is {message.num}, must be 0 or 1")
-    _enable(session, message.index, bool(message.num))
-
-
-def _enable(session: Session, index: int, enable: bool) -> None:
-    session.backend.vring_enable(index, enable)
-    session.rings[index].enabled = enable
+    enable = bool(message.num)
+    session.backend.vring_enable(message.index, enable)
+    session.rings[message.index].enabled = enable
 
 
 def _fd(message: VringFd, fds: Fds) -> int:

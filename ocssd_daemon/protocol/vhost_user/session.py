@@ -20,7 +20,7 @@ front end believes that it was obeyed, so the only honest answer is to end the c
 own refusal: no data.
 
 *Rings.* A ring is started by SET_VRING_KICK and stopped by GET_VRING_BASE or by a reset. A started ring runs
-while it is enabled; without bit 30 there is no SET_VRING_ENABLE and it is enabled from the start. A kick that
+while it is enabled; without bit 30 there is no SET_VRING_ENABLE and it runs at once. A kick that
 arrives before the enable is remembered by the backend. SET_VRING_ENABLE and GET_VRING_BASE come for rings
 that the driver never set up, too: both are no errors.
 
@@ -28,9 +28,10 @@ that the driver never set up, too: both are no errors.
 region. Memory, error descriptors, protocol features and the back-end channel stay: the front end does not
 send them again.
 
-*Configuration changes* are news only while rings run (QEMU ignores them before). `config_is_news` compares
-what the front end read last, in this session or the one before, with what is true now; so a resize during a
-disconnect is announced after the reconnect, where the front end does not read the configuration by itself.
+*Configuration.* A front end that starts a ring without having read the configuration is one that reconnected: it
+goes by what it read before, in the session before. So the write cache mode that its driver chose is put back
+(`continue_configuration`), and what else changed meanwhile is announced (`config_is_news`). Changes are news only
+while rings run; QEMU ignores them before.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ from ocssd_daemon.protocol.vhost_user.messages import (
     decode_payload,
     encode_reply,
 )
-from ocssd_daemon.protocol.vhost_user.wire import Feature, ProtocolFeature, Request, request_name
+from ocssd_daemon.protocol.vhost_user.wire import CONFIG_WCE_OFFSET, Feature, ProtocolFeature, Request, request_name
 
 Handler = Callable[["Session", Any, Sequence[int]], "Message | Enclosing | None"]
 
@@ -104,7 +105,8 @@ class Session:
     backend: Backend
     num_queues: int
     host: Host
-    known_config: bytes | None = None  # what the front end of this socket read last
+    known_config: bytes | None = None  # what the front end of this socket read last, in any session
+    config_read: bool = False  # in this session
     features: Feature = NO_FEATURE
     protocol_features: ProtocolFeature = NOTHING
     status: int = 0
@@ -121,11 +123,18 @@ class Session:
 
     @property
     def running(self) -> bool:
-        return any(ring.started and ring.enabled for ring in self.rings)
+        always_enabled = Feature.PROTOCOL_FEATURES not in self.features
+        return any(ring.started and (ring.enabled or always_enabled) for ring in self.rings)
 
     @property
     def offered_protocol_features(self) -> ProtocolFeature:
         return OFFERED_PROTOCOL_FEATURES
+
+    def continue_configuration(self) -> None:
+        """A ring starts: if that is after a reconnect, take up the write cache mode of the session before."""
+        if not self.config_read and self.known_config and self.backend.device_features & Feature.CONFIG_WCE:
+            self.backend.set_wce(self.known_config[CONFIG_WCE_OFFSET])
+        self.config_read = True
 
     def config_is_news(self) -> bool:
         """Whether the front end must be told that the configuration changed; true once per change."""
