@@ -105,7 +105,7 @@ def _copy_programs(packages: Path, staging: Path) -> None:
 
 
 def _loader(packages: Path) -> Path:
-    return (packages / "lib64" / LOADER).resolve()
+    return (packages / LIBRARIES / LOADER).resolve()
 
 
 def _libraries_of(packages: Path, program: Path) -> set[Path]:
