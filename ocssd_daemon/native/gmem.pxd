@@ -125,8 +125,9 @@ cdef inline const char *gmem_refusal(gmem_t *self, uint64_t gpa, uint64_t size_b
     cdef gmem_region_t *other
     if size_bytes == 0:
         return "the size is 0"
-    if (gpa | size_bytes | user_addr | offset_bytes) & (GMEM_ALIGN - 1):
-        return "address, size and offset must be multiples of 4096"
+    # The size need not be aligned: libblkio registers rings of 15,120 bytes. What is mapped is whole pages.
+    if (gpa | user_addr | offset_bytes) & (GMEM_ALIGN - 1):
+        return "address and offset must be multiples of 4096"
     if gpa + size_bytes - 1 < gpa or user_addr + size_bytes - 1 < user_addr:
         return "address and size wrap around"
     for i in range(self.count):
