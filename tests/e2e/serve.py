@@ -77,7 +77,8 @@ class Served:
     def stats(self) -> dict[str, Any]:
         """What `ocssd stats -o json` says."""
         ask = [sys.executable, "-m", "ocssd_daemon.cli.client", "--control", str(self._control)]
-        done = subprocess.run([*ask, "stats", "-o", "json"], capture_output=True, text=True, check=True)
+        done = subprocess.run([*ask, "stats", "-o", "json"], capture_output=True, text=True)
+        assert done.returncode == 0, f"{done.stderr}\n{self.log}"
         return json.loads(done.stdout)  # type: ignore[no-any-return]
 
     def wait_for_sectors_written(self, sectors: int) -> None:
