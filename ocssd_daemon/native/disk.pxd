@@ -13,7 +13,7 @@ from libc.string cimport memcpy, memset
 from ocssd_daemon.native.ftl cimport NO_PPA, ftl_lookup, ftl_program_buffers, ftl_sense, ftl_t, ftl_trim
 from ocssd_daemon.native.gc cimport ftl_commit, ftl_slot, host_sync
 from ocssd_daemon.native.media cimport media_begin, media_data, media_done_ns
-from ocssd_daemon.native.sys cimport iovec
+from ocssd_daemon.native.sys cimport iovec, prefetch
 from ocssd_daemon.native.timing cimport timing_wait
 
 cdef extern from "errno.h" nogil:
@@ -63,6 +63,21 @@ cdef inline int disk_check(const disk_t *d, uint64_t offset, uint64_t length) no
     if length > d.size_bytes or offset > d.size_bytes - length:
         return EINVAL
     return 0
+
+
+cdef inline void disk_prefetch_map(const disk_t *d, uint64_t offset) noexcept nogil:
+    """A hint: *offset* will be read or written soon. Any value will do."""
+    if offset < d.size_bytes:
+        prefetch(&d.ftl.l2p[offset >> d.sector_shift])
+
+
+cdef inline void disk_prefetch_data(const disk_t *d, uint64_t offset) noexcept nogil:
+    """A hint: *offset*, whose map entry is at hand, will be read next."""
+    cdef const char *sector
+    if offset < d.size_bytes:
+        sector = ftl_lookup(d.ftl, <uint32_t>(offset >> d.sector_shift))
+        if sector != NULL:
+            prefetch(sector)
 
 
 cdef inline void cursor_skip(cursor_t *c) noexcept nogil:

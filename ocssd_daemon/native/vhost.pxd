@@ -13,6 +13,7 @@ from ocssd_daemon.native.chain cimport FAULT_MEMORY_LOST, FAULT_NONE
 from ocssd_daemon.native.dirtylog cimport dirtylog_t
 from ocssd_daemon.native.foreign cimport foreign_t
 from ocssd_daemon.native.gmem cimport gmem_poisoned, gmem_t
+from ocssd_daemon.native.lookahead cimport look_ahead, lookahead_t
 from ocssd_daemon.native.reactor cimport reactor_defer, reactor_report, reactor_t, source_t
 from ocssd_daemon.native.vblk cimport (
     VBLK_MORE, VBLK_S_IOERR, VBLK_TURN_BYTES, vblk_answer, vblk_check, vblk_request_t, vblk_step, vblk_t,
@@ -49,6 +50,7 @@ ctypedef struct vhost_queue_t:
     int kick_fd                 # -1: none, or the driver sends no notifications
     int err_fd
     vblk_request_t request
+    lookahead_t ahead
 
 ctypedef struct vhost_t:
     source_t source             # first: the reactor knows only this part
@@ -150,6 +152,7 @@ cdef inline int vhost_serve(vhost_t *self, vhost_queue_t *queue, int budget) noe
             taken = virtqueue_next(ring, &queue.request.chain)
             if taken <= 0:
                 break
+            look_ahead(&queue.ahead, ring, self.blk.disk)
             status = vblk_check(&self.blk, &queue.request)
         if not vhost_execute(self, queue, status):
             continue

@@ -13,7 +13,7 @@ from ocssd_daemon.native.chain cimport (
 )
 from ocssd_daemon.native.gmem cimport gmem_at
 from ocssd_daemon.native.inflight cimport inflight_split_cleared, inflight_split_linked, inflight_split_taken
-from ocssd_daemon.native.sys cimport full_fence, load_acquire_u16, prefetch, store_release_u16
+from ocssd_daemon.native.sys cimport full_fence, load_acquire_u16, store_release_u16
 from ocssd_daemon.native.vring cimport (
     DESC_BYTES, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, vring_desc_t, vring_event_passed, vring_log_used, vring_t,
     vring_take,
@@ -82,15 +82,6 @@ cdef inline uint16_t split_head(vring_t *self, uint16_t position) noexcept nogil
     return load_acquire_u16(self.avail + SPLIT_RING + 2 * (position & (self.num - 1)))
 
 
-cdef inline void split_look_ahead(vring_t *self) noexcept nogil:
-    """Start to fetch the descriptor after the current one: it was written by another CPU."""
-    cdef uint16_t head
-    if <uint16_t>(self.next_avail + 1) != self.seen_avail:
-        head = split_head(self, self.next_avail + 1)
-        if head < self.num:
-            prefetch(self.desc + head * DESC_BYTES)
-
-
 cdef inline int split_next(vring_t *self, chain_t *chain) noexcept nogil:
     """Take the next available chain: 1 taken, 0 none there, else minus the fault."""
     cdef uint16_t head
@@ -103,7 +94,6 @@ cdef inline int split_next(vring_t *self, chain_t *chain) noexcept nogil:
     head = split_head(self, self.next_avail)
     if head >= self.num:
         return -FAULT_HEAD_RANGE
-    split_look_ahead(self)
     if not vring_take(self, head):
         return -FAULT_DUPLICATE
     chain_begin(chain, head)
