@@ -1,4 +1,4 @@
-"""The dirty log of a migration: every guest page that the device writes is marked, and nothing beside the log is hurt."""
+"""The dirty log of a migration: every guest page that the device writes is marked, nothing beside the log is hurt."""
 
 from __future__ import annotations
 
