@@ -43,7 +43,7 @@ run: build
 lint: dev
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
-	@$(BIN)/cython-lint ocssd_daemon
+	@PATH="$(BIN):$$PATH" cython-lint ocssd_daemon
 	@$(BIN)/lint-imports --no-logo
 
 test: dev deps lint

@@ -25,6 +25,7 @@ from msgspec import UNSET, Meta
 from ocssd_daemon.nand.geometry import Geometry, GeometryError, validate
 
 KIB = 1024
+SIZE_RULE = "a size such as 512M or 4G"
 MIN_CHUNKS_FOR_SIZE = 64  # below this many chunks per PU, `size` makes chunks smaller instead of fewer
 
 
@@ -275,7 +276,7 @@ def _check(key: str, given: Given) -> Any:
     try:
         return msgspec.convert(_from_text(key, leaf, given.value), leaf.type, strict=not is_text)
     except (msgspec.ValidationError, ValueError):
-        words = "a size such as 512M or 4G" if key == "size" else rule(leaf.type)
+        words = SIZE_RULE if key == "size" else rule(leaf.type)
         raise SettingsError(key, f"must be {words}", given.value, given.source) from None
 
 

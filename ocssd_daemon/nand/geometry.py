@@ -5,9 +5,10 @@ All counts are plain numbers, sizes end in ``_bytes``. Spec: OCSSD 2.0, geometry
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+from msgspec import Meta
 
 MAX_SECTORS_TOTAL = 1 << 31  # an L2P entry is 32 bits wide and ppa + 1 must fit
 
@@ -23,17 +24,17 @@ class GeometryError(ValueError):
 class Geometry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The shape of the flash. The default is 4 GiB raw: 2 groups x 4 PUs x 128 chunks x 1024 sectors x 4 KiB."""
 
-    groups: int = 2
-    pus: int = 4  # per group
-    chunks: int = 128  # per PU
-    sectors: int = 1024  # per chunk
-    sector_bytes: int = 4096
-    oob_bytes: int = 16  # per sector
-    ws_min: int = 4  # sectors
-    ws_opt: int = 8  # sectors
-    mw_cunits: int = 24  # sectors
-    maxoc: int = 0  # 0: no limit
-    maxocpu: int = 0  # 0: no limit
+    groups: Annotated[int, Meta(description="groups (channels in 1.2)")] = 2
+    pus: Annotated[int, Meta(description="parallel units per group (LUNs in 1.2)")] = 4
+    chunks: Annotated[int, Meta(description="chunks per parallel unit (blocks in 1.2)")] = 128
+    sectors: Annotated[int, Meta(description="sectors per chunk")] = 1024
+    sector_bytes: Annotated[int, Meta(description="bytes per sector: a power of two")] = 4096
+    oob_bytes: Annotated[int, Meta(description="out-of-band bytes per sector")] = 16
+    ws_min: Annotated[int, Meta(description="sectors: the smallest write, and its granularity")] = 4
+    ws_opt: Annotated[int, Meta(description="sectors: the write size that is fastest")] = 8
+    mw_cunits: Annotated[int, Meta(description="sectors before the write pointer that cannot be read yet")] = 24
+    maxoc: Annotated[int, Meta(description="chunks open at once in the device; 0: no limit")] = 0
+    maxocpu: Annotated[int, Meta(description="chunks open at once in one parallel unit; 0: no limit")] = 0
 
     @property
     def total_pus(self) -> int:
@@ -66,7 +67,7 @@ class Geometry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         )
 
 
-_RANGES: dict[str, tuple[int, int]] = {
+RANGES: dict[str, tuple[int, int]] = {
     "groups": (1, 256),
     "pus": (1, 256),
     "chunks": (1, 65536),
@@ -82,7 +83,7 @@ _RANGES: dict[str, tuple[int, int]] = {
 
 
 def _check_ranges(geometry: Geometry) -> None:
-    for field, (low, high) in _RANGES.items():
+    for field, (low, high) in RANGES.items():
         value = getattr(geometry, field)
         if not low <= value <= high:
             raise GeometryError(field, value, f"must be between {low} and {high}")

@@ -1,4 +1,4 @@
-"""The README's shell examples do what the README says: each is run here as it stands, but for the directory of its sockets."""
+"""The README's shell examples work: each is run as it stands, but for the directory of its sockets."""
 
 from __future__ import annotations
 
