@@ -27,8 +27,8 @@ Every setting has a key, the same everywhere:
 - in what `ocssd info` shows.
 
 Later ones win: default, `--preset`, `--config`, flags such as `--size`, `--set`. Keys that end in `_bytes`, and `size`,
-also take `4K`, `512M` or `1.5G` (powers of 1024). What is not a key, or breaks a rule, is refused with exit code 2 and one
-line that names the key, the value and the rule; `ocssd-daemon --check` does only that.
+also take `4K`, `512M` or `1.5G` (powers of 1024). What is not a key, or breaks a rule, is refused with exit code 2 and
+one line that names the key, the value and the rule; `ocssd-daemon --check` does only that.
 
 ```toml
 size = "16G"
