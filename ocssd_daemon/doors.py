@@ -61,13 +61,12 @@ def _nbd_addresses(settings: Settings) -> list[Address]:
 
 
 def _nbd_uri(address: Address, settings: Settings) -> str:
-    """An NBD URI (nbd/doc/uri.md)."""
+    """An NBD URI (nbd/doc/uri.md) of the default export: there is only one, so it needs no name."""
     scheme = "nbds" if settings.nbd.tls.mode == "require" else "nbd"
-    export = quote(settings.nbd.export, safe="")
     if isinstance(address, UnixAddress):
-        return f"{scheme}+unix:///{export}?socket={quote(address.path)}"
+        return f"{scheme}+unix:///?socket={quote(address.path)}"
     host = f"[{address.host}]" if ":" in address.host else address.host or "localhost"
-    return f"{scheme}://{host}:{address.port}/{export}"
+    return f"{scheme}://{host}:{address.port}"
 
 
 def _nbd_serve() -> Serve:

@@ -54,7 +54,7 @@ def _scaled(values: tuple[int, ...], *factors: float) -> tuple[int, ...]:
 _TLC_SENSE = (56_500, 77_500, 106_000)
 _TLC_PROGRAM = (820_500, 2_225_000, 5_734_000)
 _QLC_FACTORS = (1.05, 1.1, 1.2, 1.6)
-_COMMON = {"controller_ns": 2_000, "buffer_ns": 2_000, "suspend_ns": 20_000}
+_COMMON: dict[str, Any] = {"controller_ns": 2_000, "buffer_ns": 2_000, "suspend_ns": 20_000}
 
 PROFILES: dict[str, Latency] = {
     "none": Latency(),

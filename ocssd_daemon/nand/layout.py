@@ -57,9 +57,10 @@ def layout_of(geometry: Geometry) -> Layout:
         geometry.raw_bytes,
     )
     at = SUPERBLOCK_BYTES * SUPERBLOCK_SLOTS
-    regions = []
+    regions: list[Region] = []
     for size in sizes:
         at = -(-at // ALIGN_BYTES) * ALIGN_BYTES
         regions.append(Region(at, size))
         at += size
-    return Layout(*regions, at)
+    chunks, l2p, oob, data = regions
+    return Layout(chunks, l2p, oob, data, at)

@@ -52,7 +52,8 @@ async def serve_nbd(
     check_exposure(listener, settings)
     server = _Server(str(listener.address), device, settings)
     device.add_transport("nbd", server.stats.as_dict)
-    await trio.serve_listeners(server.handle, listener.sockets, task_status=task_status)
+    task_status.started()
+    await trio.serve_listeners(server.handle, listener.sockets)
 
 
 def check_exposure(listener: Listener, settings: NbdSettings) -> None:
@@ -197,7 +198,7 @@ class _Server:
     async def _haggle(self, client: _Client, machine: ServerHandshake) -> Transmission | None:
         await client.stream.send_all(machine.data_to_send())
         while data := await client.stream.receive_some(RECEIVE_BYTES):
-            events = machine.receive(data)
+            events = machine.receive(bytes(data))
             await client.stream.send_all(machine.data_to_send())
             for event in events:
                 if isinstance(event, Transmission):

@@ -52,10 +52,10 @@ class Daemon:
         """The next thing that it tells its manager. Raises NotReady if it ends first."""
         pidfd = os.pidfd_open(self.process.pid)
         try:
-            readable, _, _ = select.select([self.notify, pidfd], [], [], timeout_s)
+            readable, _, _ = select.select([self.notify.fileno(), pidfd], [], [], timeout_s)
         finally:
             os.close(pidfd)
-        if self.notify not in readable:
+        if self.notify.fileno() not in readable:
             raise NotReady(f"said nothing and {'ended' if readable else 'hangs'}:\n{self.said()}")
         return dict(line.split("=", 1) for line in self.notify.recv(65536).decode().splitlines())
 
@@ -97,8 +97,9 @@ def daemon(
         )
         running = Daemon(process, notify, log, control)
         try:
-            if ready:
-                assert "READY" in running.state()
+            if ready and "READY" not in running.state():
+                process.wait(STOP_S)
+                raise NotReady(running.said())
             yield running
             if process.poll() is None:
                 assert running.stop() == 0, running.said()

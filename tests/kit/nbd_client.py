@@ -144,7 +144,7 @@ class NbdClient:
 
     def answer(self, number: int) -> tuple[int, list[tuple[int, bytes]]]:
         """The replies to option *number* that was sent before."""
-        replies = []
+        replies: list[tuple[int, bytes]] = []
         while True:
             echoed, kind, data = self.option_reply()
             assert echoed == number

@@ -41,6 +41,7 @@ def rig(op: float = 0.28, numbers: dict[str, Any] | None = None, **shape: int) -
     ftl.fill()
     ftl.program_buffers()
     latency = resolve("none", NUMBERS if numbers is None else numbers, geometry)
+    assert latency is not None
     timing = Timing(geometry, latency)
     attach_timing(media, timing, virtual=True)
     return Rig(geometry, media, ftl, Disk(ftl, 4096), timing)

@@ -93,7 +93,7 @@ def describe(status: int) -> str:
     """One line for logs and errors: ``0x2f2 OUT_OF_ORDER: not at the write pointer of the chunk``."""
     code = status & 0x7FF
     try:
-        member = Status(code)
+        member = Status(code)  # type: ignore[call-arg]  # lookup by value, not construction
     except ValueError:
         return f"{code:#05x}"
     return f"{code:#05x} {member.name}: {member.text}"

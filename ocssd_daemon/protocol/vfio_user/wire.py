@@ -8,7 +8,9 @@ messages and no device.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from enum import IntEnum, IntFlag
+from typing import Any
 
 from construct import (
     Array,
@@ -178,7 +180,7 @@ def _natural(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def parse_capabilities(raw: bytes) -> dict[str, object]:
+def parse_capabilities(raw: bytes) -> dict[str, Any]:
     """The ``capabilities`` object of a VERSION payload: NUL-terminated JSON, or nothing. Unknown keys pass
     through.
     """
@@ -199,5 +201,5 @@ def parse_capabilities(raw: bytes) -> dict[str, object]:
     return capabilities
 
 
-def build_capabilities(capabilities: dict[str, object]) -> bytes:
+def build_capabilities(capabilities: Mapping[str, object]) -> bytes:
     return json.dumps({"capabilities": capabilities}).encode() + b"\0"
