@@ -21,12 +21,12 @@ help:
 
 # The interpreter and what the daemon itself needs.
 $(VENV)/.runtime: pyproject.toml tools/make-venv $(NATIVE)
-	@PYTHON="$(PYTHON)" tools/make-venv "$(VENV)" cli
+	@PYTHON="$(PYTHON)" tools/make-venv "$(VENV)"
 	@touch $@
 
 # The same, and what tests and lint need.
 $(VENV)/.dev: $(VENV)/.runtime
-	@PYTHON="$(PYTHON)" tools/make-venv "$(VENV)" cli,test,lint
+	@PYTHON="$(PYTHON)" tools/make-venv "$(VENV)" test lint
 	@touch $@
 
 build: $(VENV)/.runtime

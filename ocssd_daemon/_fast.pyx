@@ -9,10 +9,8 @@ Not thread-safe by themselves: whoever changes or reads them while a Reactor run
 """
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
-from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
-import errno as errno_module
 import os
 import threading
 
@@ -24,17 +22,17 @@ from ocssd_daemon.native.disk cimport (
 from ocssd_daemon.native.ftl cimport (
     LINE_CLOSED, LINE_DEAD, LINE_FREE, LINE_OPEN, LINE_PENDING, NO_LINE, NO_PPA,
     VICTIM_COST_BENEFIT, VICTIM_D_CHOICES, VICTIM_FIFO, VICTIM_GREEDY, VICTIM_RANDOM,
-    commit_user, ftl_program_buffers, ftl_trim,
+    ftl_program_buffers, ftl_trim,
 )
-from ocssd_daemon.native.gc cimport ftl_commit, ftl_slot, gc_step, host_sync, recount_spare, spare_lines
+from ocssd_daemon.native.gc cimport ftl_commit, ftl_slot, recount_spare, spare_lines
 from ocssd_daemon.native.media cimport (
     CHUNK_FAIL_RESET, CHUNK_FAIL_WRITE, CHUNK_OPEN, MEDIA_EARLY_RESET, MEDIA_MULTI_RESET, MEDIA_OK,
-    chunk_t, media_copy, media_read, media_readable, media_reset, media_write, ppa_exists,
+    chunk_t, media_copy, media_read, media_readable, media_reset, media_write,
 )
 from ocssd_daemon.native.reactor cimport (
     reactor_close, reactor_init, reactor_lock, reactor_run, reactor_stop, reactor_unlock,
 )
-from ocssd_daemon.native.recovery cimport RECOVERY_BAD_MAP, RECOVERY_NO_MEMORY, RECOVERY_OK, ftl_load_map, ftl_recover
+from ocssd_daemon.native.recovery cimport RECOVERY_BAD_MAP, RECOVERY_NO_MEMORY, ftl_load_map, ftl_recover
 from ocssd_daemon.native.sys cimport iovec
 
 VICTIMS = {

@@ -6,7 +6,7 @@ What a request does is in ``native/nbdconn.pxd``, its bytes in ``native/nbdwire.
 reactor from ``start`` to ``stop``; in between the reactor's thread owns its state, and both calls take the reactor's lock.
 """
 
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
