@@ -17,13 +17,21 @@ USER_OFFSET = 0x7F00_0000_0000  # what the front end's own addresses differ from
 
 @dataclass
 class Region:
-    """One memory region and the file behind it."""
+    """One memory region and the file behind it; both go when nobody holds the region any more."""
 
     gpa: int
     size: int
     fd: int
     offset: int
     view: mmap.mmap
+
+    def close(self) -> None:
+        """Idempotent."""
+        if not self.view.closed:
+            self.view.close()
+            os.close(self.fd)
+
+    __del__ = close
 
     @property
     def user_addr(self) -> int:
@@ -35,7 +43,7 @@ class Region:
 
 
 class GuestMemory:
-    """Guest RAM in regions of given (gpa, size); closes its files on ``close``."""
+    """Guest RAM in regions of given (gpa, size)."""
 
     def __init__(self, *regions: tuple[int, int]) -> None:
         self.regions = [self._make(gpa, size) for gpa, size in regions or [(0, 16 << 20)]]
@@ -49,8 +57,7 @@ class GuestMemory:
 
     def close(self) -> None:
         for region in self.regions:
-            region.view.close()
-            os.close(region.fd)
+            region.close()
         self.regions = []
 
     def alloc(self, size: int, align: int = 16) -> int:

@@ -48,8 +48,13 @@ class Queue:
         self.desc = self.avail = self.used = 0
 
     def close(self) -> None:
+        """Idempotent."""
         for fd in (self.kick_fd, self.call_fd, self.err_fd):
-            os.close(fd)
+            if fd >= 0:
+                os.close(fd)
+        self.kick_fd = self.call_fd = self.err_fd = -1
+
+    __del__ = close
 
     @staticmethod
     def _count(fd: int) -> int:

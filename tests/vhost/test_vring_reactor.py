@@ -45,8 +45,9 @@ def wait_for(queue: Queue, count: int) -> list[int]:
         again = [id for id, _ in queue.completed()]
         done += again
         if not again:
-            ready, _, _ = select.select([queue.call_fd], [], [], WAIT_S)
-            assert ready, f"no signal: {len(done)} of {count} completed"
+            call = select.poll()
+            call.register(queue.call_fd, select.POLLIN)
+            assert call.poll(WAIT_S * 1000), f"no signal: {len(done)} of {count} completed"
             queue.calls()
 
 
