@@ -338,22 +338,12 @@ cdef inline void op_check(nbd_conn_t *c, op_t *op) noexcept nogil:
 
 
 cdef inline uint64_t op_payload(nbd_conn_t *c, op_t *op) noexcept nogil:
-    """Length of the payload behind the header. Spec: NBD_CMD_FLAG_PAYLOAD_LEN; in compact mode only WRITE has one."""
-    if c.mode == NBD_EXTENDED:
-        return op.request.length_bytes if op.request.flags & NBD_CMD_FLAG_PAYLOAD_LEN else 0
-    return op.request.length_bytes if op.request.type == NBD_CMD_WRITE else 0
+    """Length of the payload behind the header. Spec: NBD_CMD_FLAG_PAYLOAD_LEN; in compact mode only WRITE has one.
 
-
-cdef inline bint op_framing_lost(nbd_conn_t *c, op_t *op) noexcept nogil:
-    """Is it unknown, or too far away, where the next request begins?"""
-    if op.payload_bytes > DRAIN_LIMIT_BYTES and op.payload_bytes > c.max_payload_bytes:
-        op_fail(op, NBD_EINVAL, b"payload too large")
-        return True
-    # A write with an effect length has no payload by the book, but its sender most likely sent one.
-    if op.request.type == NBD_CMD_WRITE and op.payload_bytes == 0 and op.request.length_bytes:
-        op_fail(op, NBD_EINVAL, b"write without PAYLOAD_LEN")
-        return True
-    return False
+    A write has one even without the flag: the client of QEMU 11.1 leaves it out, and QEMU's server takes it so too.
+    """
+    cdef bint flagged = c.mode == NBD_EXTENDED and op.request.flags & NBD_CMD_FLAG_PAYLOAD_LEN
+    return op.request.length_bytes if flagged or op.request.type == NBD_CMD_WRITE else 0
 
 
 cdef inline step_t op_take(nbd_conn_t *c) noexcept nogil:
@@ -372,11 +362,11 @@ cdef inline step_t op_take(nbd_conn_t *c) noexcept nogil:
         return STEP_DONE
     c.in_head += n
     op.payload_bytes = op_payload(c, op)
-    if op_framing_lost(c, op):
-        conn_closing(c, END_PROTOCOL)
-        return op_answer(c, op)
     if op.payload_bytes > c.max_payload_bytes:
         op_fail(op, NBD_EINVAL, b"payload larger than the maximum")
+        if op.payload_bytes > DRAIN_LIMIT_BYTES:    # too far to the next request
+            conn_closing(c, END_PROTOCOL)
+            return op_answer(c, op)
     op_check(c, op)
     return STEP_MORE
 

@@ -252,7 +252,7 @@ class _Server:
             with trio.move_on_after(LINGER_S):
                 await client.stream.aclose()
         finally:
-            await pump.aclose()
+            pump.close()
 
     async def _run(self, fd: int, agreed: Transmission) -> int:
         """The transmission phase, in the reactor. Returns why it ended, a key of ENDS."""

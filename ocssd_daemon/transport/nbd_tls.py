@@ -138,19 +138,22 @@ class Pump:
         return self._theirs.fileno()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Carry until both directions have ended."""
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._inward)
-            nursery.start_soon(self._outward, nursery.cancel_scope)
-            task_status.started()
+        """Carry until nothing more can go out; the reactor then sees a hang-up, if it was not the one to close."""
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._inward)
+                nursery.start_soon(self._outward, nursery.cancel_scope)
+                task_status.started()
+        finally:
+            self._ours.socket.close()
 
     def close_inner(self) -> None:
         """The reactor is done with its end: send what is left in the pipe, then end."""
         self._theirs.close()
 
-    async def aclose(self) -> None:
+    def close(self) -> None:
         self._theirs.close()
-        await trio.aclose_forcefully(self._ours)
+        self._ours.socket.close()
 
     async def _inward(self) -> None:
         # Whichever end goes away, the reactor sees the end of the stream.
