@@ -25,6 +25,7 @@ cdef class Ftl:
 cdef class Disk:
     cdef disk_t d
     cdef readonly Ftl ftl
+    cdef _need_data(self)
 
 cdef class Reactor:
     cdef reactor_t r

@@ -30,7 +30,7 @@ from ocssd_daemon.native.media cimport (
     chunk_t, media_copy, media_read, media_readable, media_reset, media_write,
 )
 from ocssd_daemon.native.reactor cimport (
-    reactor_close, reactor_init, reactor_lock, reactor_run, reactor_stop, reactor_unlock,
+    reactor_close, reactor_init, reactor_lock, reactor_run, reactor_stop, reactor_t, reactor_unlock,
 )
 from ocssd_daemon.native.recovery cimport RECOVERY_BAD_MAP, RECOVERY_NO_MEMORY, ftl_load_map, ftl_recover
 from ocssd_daemon.native.sys cimport iovec
@@ -99,6 +99,15 @@ cdef class Media:
         states = self._views[0]["state"].reshape(self.m.geometry.total_pus, self.m.geometry.chunks)
         self._views[3][:] = (states == CHUNK_OPEN).sum(axis=1)
         self.m.open_total = int(self._views[3].sum())
+
+    @property
+    def now_ns(self):
+        """Time of the last command. In virtual time it is set before each command."""
+        return self.m.now_ns
+
+    @now_ns.setter
+    def now_ns(self, uint64_t value):
+        self.m.now_ns = value
 
     @property
     def chunks(self):
@@ -173,7 +182,7 @@ cdef class Ftl:
     Starts on what the flash holds: ``load`` after a clean stop, ``recover`` otherwise; one of them must be called first.
     """
 
-    def __cinit__(self, Media media, uint32_t capacity_sectors, *, pus=None, str victim="greedy", int frontiers=2,
+    def __cinit__(self, Media media, uint32_t capacity_sectors, *, pus=None, str victim="cost-benefit", int frontiers=2,
                   uint32_t reserve_lines=2, uint32_t d_choices=8, uint32_t wear_spread=16, uint64_t seed=1,
                   bint host_durable=False):
         cdef ftl_t *f = &self.f
@@ -408,12 +417,22 @@ cdef class Disk:
     def read_only(self):
         return bool(self.d.read_only)
 
+    @property
+    def done_at_ns(self):
+        """When the last request ends; 0: at once."""
+        return self.d.done_at_ns
+
+    cdef _need_data(self):
+        if self.ftl.media.m.data == NULL:
+            raise ValueError("this disk keeps no data")
+
     def read(self, uint64_t offset, uint64_t length):
         """*length* bytes at *offset*. Raises OSError with the errno."""
         data = bytearray(length)
         cdef unsigned char[::1] view = data
         cdef iovec iov
         cdef int failed
+        self._need_data()
         if length == 0:
             return b""
         iov.iov_base = &view[0]
@@ -430,6 +449,7 @@ cdef class Disk:
         cdef iovec iov
         cdef uint64_t length = view.shape[0]
         cdef int failed
+        self._need_data()
         if length == 0:
             return disk_check(&self.d, offset, 0)
         iov.iov_base = <void *>&view[0]
@@ -452,6 +472,7 @@ cdef class Disk:
 
     def write_zeroes(self, uint64_t offset, uint64_t length, bint unmap=True):
         cdef int failed
+        self._need_data()
         with nogil:
             failed = disk_write_zeroes(&self.d, offset, length, DISK_UNMAP if unmap else 0)
         return failed
@@ -462,6 +483,17 @@ cdef class Disk:
         if end > self.d.size_bytes or offset >= end:
             raise ValueError(f"range [{offset}, {end}) is not inside {self.d.size_bytes} bytes")
         return bool(disk_extent(&self.d, offset, end, &length)), length
+
+
+cdef uint64_t late_below(const reactor_t *r, uint64_t percent):
+    """Upper bound of that percentile of completions' lateness: the end of its histogram bucket (a power of two)."""
+    cdef uint64_t seen = 0
+    cdef uint32_t bucket
+    for bucket in range(64):
+        seen += r.late_hist[bucket]
+        if seen and seen * 100 >= percent * r.late_count:
+            return min(r.late_max_ns, (<uint64_t>2 << bucket) - 1)
+    return 0
 
 
 cdef class _Paused:
@@ -543,5 +575,7 @@ cdef class Reactor:
             "deferred": self.r.heap_len,
             "reports_dropped": self.r.reports_dropped,
             "late_count": self.r.late_count,
+            "late_p50_ns": late_below(&self.r, 50),
+            "late_p99_ns": late_below(&self.r, 99),
             "late_max_ns": self.r.late_max_ns,
         }

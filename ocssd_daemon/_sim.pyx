@@ -283,6 +283,7 @@ cdef class Host:
     cdef host_t h
     cdef readonly Disk disk
     cdef object _histograms
+    cdef uint64_t origin_ns
 
     def __cinit__(self, Disk disk, uint32_t depth=32):
         if depth == 0:
@@ -291,6 +292,7 @@ cdef class Host:
         self.disk = disk
         self.h.disk = &disk.d
         self.h.depth = depth
+        self.origin_ns = 1
         self.h.ends = <uint64_t *>calloc(depth, sizeof(uint64_t))
         if self.h.ends == NULL:
             raise MemoryError
@@ -300,6 +302,7 @@ cdef class Host:
 
     def record(self):
         """Start (again) to record latencies."""
+        self.origin_ns = self.h.now_ns + 1
         self._histograms = [np.zeros(HISTOGRAM_LEN, np.uint64) for _ in range(2)]
         for op in range(2):
             self.h.histogram[op] = <uint64_t *><size_t>self._histograms[op].ctypes.data
@@ -325,10 +328,9 @@ cdef class Host:
                bint open_loop=True):
         """Issue the requests of a trace. Returns how many; fewer when the disk became read-only.
 
-        *open_loop*: each no earlier than its time (from now on); otherwise as fast as the queue depth allows.
+        *open_loop*: each no earlier than its time, counted from ``record``; otherwise as fast as the depth allows.
         """
         cdef Py_ssize_t i = 0, n = ops.shape[0]
-        cdef uint64_t base_ns = self.h.now_ns + 1
         if n == 0:
             return 0
         if not (at_ns.shape[0] == lbas.shape[0] == sectors.shape[0] == n):
@@ -338,7 +340,7 @@ cdef class Host:
             raise ValueError(f"a request is beyond {self.h.disk.ftl.capacity_sectors} sectors")
         with nogil:
             while i < n:
-                if not host_issue(&self.h, base_ns + at_ns[i] if open_loop else 0, ops[i], lbas[i], sectors[i]):
+                if not host_issue(&self.h, self.origin_ns + at_ns[i] if open_loop else 0, ops[i], lbas[i], sectors[i]):
                     break
                 i += 1
         return i
@@ -353,7 +355,7 @@ cdef class Host:
         return self.h.ios
 
     def latency(self, str op):
-        """Recorded latencies of *op* (read, write): count, mean_ns, p50, p90, p99, p999, max in ns; None without any."""
+        """Recorded latencies of *op* (read, write): count, mean_ns, p50, p90, p99, p999, max in ns, or None."""
         counts = self._histograms[OPS[op]]
         total = int(counts.sum())
         if total == 0:

@@ -12,17 +12,19 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from ocssd_daemon._fast import Reactor
+from ocssd_daemon._physics import Timing, attach_timing
 from ocssd_daemon.ftl.target import Target, open_target
 from ocssd_daemon.log import kv
 from ocssd_daemon.nand.store import Store, open_file, open_ram
-from ocssd_daemon.settings import Settings, names_geometry
+from ocssd_daemon.settings import Settings, SettingsError, latency_of, names_geometry
 
 log = logging.getLogger(__name__)
 
 Counters = Mapping[str, int | float]
+Clock = Literal["real", "virtual"]
 
 
 class DeviceError(ValueError):
@@ -34,14 +36,18 @@ class Device:
 
     ``media``, ``ftl``, ``disk`` and ``reactor`` are the compiled parts; ``geometry`` is the flash's shape.
     *named* are the settings that somebody gave: they are kept or refused, defaults may be bent to fit.
+    *clock* ``virtual``: time is what ``media.now_ns`` is set to before each command, and no data is kept.
     Acquires the image and its lock until ``close``. Raises DeviceError and StoreError.
     """
 
-    def __init__(self, settings: Settings, named: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self, settings: Settings, named: frozenset[str] = frozenset(), clock: Clock = "real"
+    ) -> None:
         self.settings = settings
-        self.store = _open_store(settings, named)
+        self.store = _open_store(settings, named, keep_data=clock == "real")
         try:
             self.target = _open_target(settings, named, self.store)
+            self.timing = _open_timing(settings, self.store)
         except BaseException:
             self.store.close()
             raise
@@ -49,6 +55,7 @@ class Device:
         self.media = self.target.media
         self.ftl = self.target.ftl
         self.disk = self.target.disk
+        attach_timing(self.media, self.timing, virtual=clock == "virtual")
         self.reactor = Reactor(settings.reactor.poll_us)
         self._transports: dict[str, Callable[[], Counters]] = {}
         self._reports: dict[int, Callable[[int], None]] = {}
@@ -131,13 +138,14 @@ class Device:
         """Every counter, by part; names are the same everywhere."""
         with self.reactor.paused():
             parts = {part: getattr(self, part).stats() for part in ("ftl", "media", "reactor")}
+            parts["latency"] = self.timing.stats() if self.timing else {}
         # Outside: transports take the reactor's lock for their own counters, and it is not recursive.
         return {**parts, "transports": {name: dict(stats()) for name, stats in self._transports.items()}}
 
 
-def _open_store(settings: Settings, named: frozenset[str]) -> Store:
-    if settings.store is None:
-        return open_ram(settings.geometry)
+def _open_store(settings: Settings, named: frozenset[str], keep_data: bool) -> Store:
+    if settings.store is None or not keep_data:
+        return open_ram(settings.geometry, keep_data)
     return open_file(settings.store, settings.geometry, names_geometry(named))
 
 
@@ -154,7 +162,17 @@ def _open_target(settings: Settings, named: frozenset[str], store: Store) -> Tar
             victim=ftl.victim,
             frontiers=ftl.frontiers,
             reserve_lines=ftl.reserve_lines,
+            d_choices=ftl.d_choices,
+            wear_spread=ftl.wear_spread,
             seed=settings.seed,
         )
     except ValueError as error:
         raise DeviceError(str(error)) from None
+
+
+def _open_timing(settings: Settings, store: Store) -> Timing | None:
+    try:
+        latency = latency_of(settings, store.geometry)
+    except SettingsError as error:
+        raise DeviceError(str(error)) from None
+    return Timing(store.geometry, latency) if latency else None

@@ -23,6 +23,7 @@ import msgspec
 from msgspec import UNSET, Meta
 
 from ocssd_daemon.nand.geometry import Geometry, GeometryError, validate
+from ocssd_daemon.nand.latency import Latency, LatencyError, resolve
 
 KIB = 1024
 SIZE_RULE = "a size such as 512M or 4G"
@@ -34,6 +35,7 @@ class SettingsError(ValueError):
 
     def __init__(self, key: str, rule: str, value: object = UNSET, source: str = "") -> None:
         self.key = key
+        self.rule = rule
         named = key if value is UNSET else f"{key}={_shown(value)}"
         super().__init__(f"{named}{f' ({source})' if source else ''}: {rule}")
 
@@ -61,13 +63,36 @@ class FtlSettings(Section, frozen=True):
     victim: Annotated[
         Literal["greedy", "cost-benefit", "d-choices", "fifo", "random"],
         _text("how garbage collection picks its line"),
-    ] = "greedy"
+    ] = "cost-benefit"
+    d_choices: Annotated[int, _int(1, 64, "lines drawn at random by victim d-choices")] = 8
+    wear_spread: Annotated[
+        int, _int(0, 1 << 24, "P/E cycles between lines that start static wear levelling; 0: never")
+    ] = 16
     frontiers: Annotated[int, _int(1, 2, "open lines: 2 keeps user data and moved data apart")] = 2
     reserve_lines: Annotated[int, _int(2, 1 << 16, "free lines that only garbage collection may use")] = 2
     block_bytes: Annotated[
         Literal[512, 1024, 2048, 4096, 8192, 16384, 32768, 65536],
         _text("the disk's logical block: at most a sector"),
     ] = 512
+
+
+class LatencySettings(Section, frozen=True):
+    """How long the flash takes. Numbers that are set replace the profile's."""
+
+    profile: Annotated[str, _text("none, slc, mlc, tlc, qlc, or a TOML file with the keys below")] = "none"
+    sense_ns: Annotated[tuple[int, ...] | int, _text("page to register: one number, or one per page kind")] = ()
+    program_ns: Annotated[tuple[int, ...] | int, _text("register to page: one number, or one per page kind")] = ()
+    erase_ns: Annotated[int | None, _text("reset of a chunk")] = None
+    transfer_ns_per_sector: Annotated[int | None, _text("one sector over the channel of its group")] = None
+    controller_ns: Annotated[int | None, _text("overhead of each command")] = None
+    buffer_ns: Annotated[int | None, _text("to take a sector into the write buffer")] = None
+    buffer_sectors: Annotated[
+        int | None, _text("size of the write buffer; 0: none; default: two rows per PU")
+    ] = None
+    page_sectors: Annotated[int | None, _text("sectors of a flash page; default: geometry.ws_min")] = None
+    planes: Annotated[int | None, _text("planes of a PU; default: geometry.ws_opt / page_sectors")] = None
+    suspend: Annotated[bool | None, _text("a read interrupts a program or an erase")] = None
+    suspend_ns: Annotated[int | None, _text("what such an interruption costs")] = None
 
 
 class ReactorSettings(Section, frozen=True):
@@ -128,6 +153,7 @@ class Settings(Section, frozen=True):
     seed: Annotated[int, _int(0, (1 << 63) - 1, "seed of everything random")] = 0
     geometry: Geometry = Geometry()
     ftl: FtlSettings = FtlSettings()
+    latency: LatencySettings = LatencySettings()
     reactor: ReactorSettings = ReactorSettings()
     vhost: VhostSettings = VhostSettings()
     nbd: NbdSettings = NbdSettings()
@@ -233,6 +259,7 @@ def build(*layers: Layer) -> Settings:
         values.update(_geometry_for_size(values, given))
     settings = msgspec.convert(_nested(values), Settings)
     _check_geometry(settings.geometry, given)
+    _check_latency(settings, given)
     return settings
 
 
@@ -261,6 +288,24 @@ def _check_geometry(geometry: Geometry, given: Layer) -> None:
 def named(*layers: Layer) -> frozenset[str]:
     """The keys that somebody set: where a default would be bent to fit, these are kept or refused."""
     return frozenset().union(*layers)
+
+
+def latency_of(settings: Settings, geometry: Geometry) -> Latency | None:
+    """The latency numbers in force for *geometry*; None: everything ends at once. Raises SettingsError."""
+    numbers = msgspec.structs.asdict(settings.latency)
+    try:
+        return resolve(numbers.pop("profile"), numbers, geometry)
+    except LatencyError as error:
+        raise SettingsError(f"latency.{error.key}", str(error), getattr(settings.latency, error.key)) from None
+
+
+def _check_latency(settings: Settings, given: Layer) -> None:
+    try:
+        latency_of(settings, settings.geometry)
+    except SettingsError as error:
+        if error.key in given:
+            raise SettingsError(error.key, error.rule, *given[error.key]) from None
+        raise
 
 
 def names_geometry(keys: Iterable[str]) -> bool:

@@ -20,6 +20,7 @@ import click
 import msgspec
 
 from ocssd_daemon import __version__
+from ocssd_daemon.cli.simulate import simulate
 from ocssd_daemon.control import schema
 
 ANSWER_S = 10.0
@@ -91,16 +92,17 @@ def _show(result: Any, output: str) -> None:
     if output == "json":
         click.echo(msgspec.json.format(msgspec.json.encode(result), indent=2))
         return
-    rows = list(_rows(result))
+    rows = list(rows_of(result))
     width = max((len(name) for name, _ in rows), default=0)
     for name, value in rows:
         click.echo(f"{name:<{width}}  {value}")
 
 
-def _rows(tree: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+def rows_of(tree: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """A tree as (dotted name, value) lines."""
     for name, value in tree.items():
         if isinstance(value, dict):
-            yield from _rows(value, f"{prefix}{name}.")
+            yield from rows_of(value, f"{prefix}{name}.")
         elif isinstance(value, list):
             yield prefix + name, ", ".join(map(str, value)) or "-"
         else:
@@ -135,6 +137,9 @@ def _plain_command(method: str) -> None:
 
 for _method in ("info", "stats"):
     _plain_command(_method)
+
+
+main.add_command(simulate)
 
 
 if __name__ == "__main__":

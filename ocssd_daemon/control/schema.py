@@ -83,6 +83,7 @@ class Stats(msgspec.Struct, frozen=True):
 
     ftl: Annotated[dict[str, Any], Meta(description="user, moved and programmed sectors, waf, lines, stalls")]
     media: Annotated[dict[str, Any], Meta(description="operations on the flash and their failures")]
+    latency: Annotated[dict[str, Any], Meta(description="the latency model: operations, busy time, write buffer")]
     reactor: Annotated[dict[str, Any], Meta(description="the loop: turns, sleeps, lateness of completions")]
     transports: Annotated[dict[str, dict[str, Any]], Meta(description="requests, errors, bytes of each")]
 

@@ -98,7 +98,7 @@ def load_profile(name: str) -> Latency:
 def _lists(fields: dict[str, Any]) -> dict[str, Any]:
     """One number may stand for the same number for every page kind."""
     per_kind = ("sense_ns", "program_ns")
-    return {key: [value] if key in per_kind and isinstance(value, int) else value for key, value in fields.items()}
+    return {key: (value,) if key in per_kind and isinstance(value, int) else value for key, value in fields.items()}
 
 
 def resolve(profile: str, overrides: dict[str, Any], geometry: Geometry) -> Latency | None:

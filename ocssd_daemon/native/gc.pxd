@@ -27,6 +27,7 @@ cdef extern from "unistd.h" nogil:
 
 cdef enum:
     WEAR_EVERY = 8              # at most one victim in so many is chosen for wear instead of for space
+    RANDOM_TRIES = 8            # random victims in a row that may free too little
     RATE_CAP = 64               # most moves that one user sector pays for; the reserve covers the rest
 
 
@@ -300,7 +301,8 @@ cdef inline bint collect_until(ftl_t *f, uint32_t wanted) noexcept nogil:
         if f.pending_lines:
             if host_sync(f) != 0:
                 return False
-        elif tries > 4 * f.n_lines + 16 or not gc_step(f, NO_PPA, True):
+        # Random stays random even now, or its write amplification would not be what its name says.
+        elif tries > 4 * f.n_lines + 16 or not gc_step(f, NO_PPA, f.policy != VICTIM_RANDOM or tries > RANDOM_TRIES):
             return False
     return True
 

@@ -1,20 +1,21 @@
 """Owns time: when each PU and each channel is busy, and so when a flash operation ends.
 
-The flash itself works synchronously; this is an overlay that answers one question per operation: at what time would it have
+The flash itself works synchronously; this is an overlay that answers one question per operation: when would it have
 ended? Times are nanoseconds of the clock that the caller gives; nothing here reads one.
 
-    sense     PU: array to page register, then channel: register to controller. The next sense may overlap the transfer.
+    sense     PU: array to page register, then channel: register to controller; the next sense overlaps the transfer.
     program   channel: controller to register, then PU: register to array. The next transfer may overlap the program.
     erase     PU only.
 
-A *row* is what one operation of a PU covers: the pages of all its planes. Sectors of one row that one command asks for cost
-one sense. The page kind (lower, middle, upper, top) is the row's number modulo the kinds.
+A *row* is what one operation of a PU covers: the pages of all its planes. Sectors of one row that one command asks for
+cost one sense. The page kind (lower, middle, upper, top) is the row's number modulo the kinds.
 
-A resource is a *timeline*: sorted, disjoint busy slots. An operation takes the first gap that holds it, so a transfer far in
-the future does not block the channel now. Programs and erases of one PU keep their order. With *suspend* a sense does not
-wait for a program or an erase: it cuts in, and everything behind moves back.
+A resource is a *timeline*: sorted, disjoint busy slots. An operation takes the first gap that holds it, so a transfer
+far in the future does not block the channel now. Programs and erases of one PU keep their order. With *suspend* a sense
+does not wait for a program or an erase: it cuts in, and everything behind moves back.
 
-User writes end when the write buffer has taken them; it gives a place back when the program ends. Knows no FTL and no media.
+User writes end when the write buffer has taken them; it gives a place back when the program ends.
+Knows no FTL and no media.
 """
 
 from libc.stdint cimport uint32_t, uint64_t
@@ -234,7 +235,8 @@ cdef inline uint64_t timing_sense(timing_t *t, uint32_t pu, uint32_t chunk, uint
     return start_ns + t.transfer_ns_per_sector
 
 
-cdef inline uint64_t timing_program_row(timing_t *t, uint32_t pu, uint32_t row, uint32_t sectors, uint64_t ready_ns) noexcept nogil:
+cdef inline uint64_t timing_program_row(timing_t *t, uint32_t pu, uint32_t row, uint32_t sectors,
+                                        uint64_t ready_ns) noexcept nogil:
     cdef pu_time_t *p = &t.pus[pu]
     cdef uint64_t cost_ns = t.program_ns[row % t.kinds]
     cdef uint64_t loaded_ns, start_ns
@@ -249,7 +251,8 @@ cdef inline uint64_t timing_program_row(timing_t *t, uint32_t pu, uint32_t row, 
     return p.programs_until_ns
 
 
-cdef inline uint64_t timing_program(timing_t *t, uint32_t pu, uint32_t sector, uint32_t n, uint64_t ready_ns) noexcept nogil:
+cdef inline uint64_t timing_program(timing_t *t, uint32_t pu, uint32_t sector, uint32_t n,
+                                    uint64_t ready_ns) noexcept nogil:
     """Program *n* sectors, not before *ready_ns*. Returns when the last row is in the array."""
     cdef uint64_t end_ns = 0
     cdef uint32_t part

@@ -34,7 +34,9 @@ class Rig(NamedTuple):
 
 def rig(op: float = 0.28, numbers: dict[str, Any] | None = None, **shape: int) -> Rig:
     """A filled device of *shape* whose time starts at 0."""
-    geometry = validate(Geometry(**{"groups": 1, "pus": 1, "chunks": 64, "sectors": 512, "mw_cunits": 0, **shape}))
+    geometry = validate(
+        Geometry(**{"groups": 1, "pus": 1, "chunks": 64, "sectors": 512, "mw_cunits": 0, **shape})
+    )
     media = Media(open_ram(geometry, keep_data=False))
     ftl = Ftl(media, int(geometry.total_sectors / (1 + op)), wear_spread=0)
     ftl.load(0)

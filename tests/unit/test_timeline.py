@@ -73,7 +73,9 @@ def test_slots_are_sorted_and_apart(asked: list[Span]) -> None:
 
 
 @given(requests, st.integers(0, 500), st.integers(1, 60))
-def test_cutting_in_keeps_all_the_work_and_leaves_what_is_earlier_alone(asked: list[Span], at: int, ns: int) -> None:
+def test_cutting_in_keeps_all_the_work_and_leaves_what_is_earlier_alone(
+    asked: list[Span], at: int, ns: int
+) -> None:
     line = Timeline()
     for earliest, length in asked:
         line.reserve(earliest, length)
@@ -83,7 +85,9 @@ def test_cutting_in_keeps_all_the_work_and_leaves_what_is_earlier_alone(asked: l
     after = line.slots()
     if line.gaps_given_up == given_up:
         assert sum(b - a for a, b in after) == sum(b - a for a, b in before) + ns
-    assert [s for s in after if s[1] < at] == [s for s in before if s[1] < at] or line.gaps_given_up > given_up
+    assert [s for s in after if s[1] < at] == [
+        s for s in before if s[1] < at
+    ] or line.gaps_given_up > given_up
 
 
 def run(t: Timing, asked: list[tuple[int, str, int, int]]) -> dict[str, list[tuple[int, int, int]]]:
@@ -115,7 +119,9 @@ def test_an_operation_never_ends_before_its_own_time_has_passed(
 
 @given(commands)
 @settings(max_examples=200)
-def test_programs_and_erases_of_one_pu_end_in_order_and_one_at_a_time(asked: list[tuple[int, str, int, int]]) -> None:
+def test_programs_and_erases_of_one_pu_end_in_order_and_one_at_a_time(
+    asked: list[tuple[int, str, int, int]],
+) -> None:
     t = timing()
     spans: dict[int, list[Span]] = {}
     now = 0

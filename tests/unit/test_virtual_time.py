@@ -46,7 +46,9 @@ def test_steady_writes_run_at_pus_times_sectors_per_program_time(groups: int, pu
     device.ftl.trim(0, device.ftl.capacity_sectors)
     lead_in = 20 * device.geometry.total_pus * ws_opt
     ios = device.ftl.capacity_sectors - lead_in  # everything once: nothing to collect
-    done = measure(device, Workload("sequential", device.ftl.capacity_sectors), ios, depth=256, lead_in=lead_in)
+    done = measure(
+        device, Workload("sequential", device.ftl.capacity_sectors), ios, depth=256, lead_in=lead_in
+    )
     assert done.iops == pytest.approx(device.geometry.total_pus * ws_opt * 1e9 / PROGRAM_NS, rel=ONE_PERCENT)
 
 
