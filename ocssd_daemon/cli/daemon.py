@@ -20,8 +20,6 @@ from ocssd_daemon.log import LEVELS, configure
 if TYPE_CHECKING:
     from ocssd_daemon.daemon import Daemon
 
-CAPABILITIES = {"type": "block", "features": ["read-only", "blk-file"]}  # docs/interop/vhost-user.rst
-
 # Flags that are the short form of a setting.
 SHORT_FORMS = {
     "socket_path": "vhost.socket",
@@ -68,7 +66,10 @@ def _print_capabilities(context: click.Context, parameter: click.Parameter, want
     if wanted and not context.resilient_parsing:
         import json
 
-        click.echo(json.dumps(CAPABILITIES))
+        from ocssd_daemon.protocol.vhost_user.program import capabilities
+
+        options = [option for each in context.command.params for option in each.opts]
+        click.echo(json.dumps(capabilities(options)))
         context.exit()
 
 

@@ -10,7 +10,7 @@ import pytest
 from ocssd_daemon.protocol.vhost_user import messages as m
 from ocssd_daemon.protocol.vhost_user import wire
 from ocssd_daemon.protocol.vhost_user.session import (
-    DISPATCHER_FEATURES,
+    MESSAGELESS_FEATURES,
     OFFERED_PROTOCOL_FEATURES,
     RULES,
     Answer,
@@ -86,7 +86,7 @@ def ack(request: int, value: int) -> bytes:
 
 def test_what_is_offered_is_exactly_what_the_table_carries_out():
     needed = {feature for rule in RULES.values() for feature in rule.needs}
-    assert set(OFFERED_PROTOCOL_FEATURES) == needed | set(DISPATCHER_FEATURES)
+    assert set(OFFERED_PROTOCOL_FEATURES) == needed | set(MESSAGELESS_FEATURES)
 
 
 @pytest.mark.parametrize(
@@ -118,6 +118,11 @@ def test_a_message_whose_feature_was_not_negotiated_is_refused(request_id):
     assert rule.needs.name is not None
     assert rule.needs.name in answer.refused
     assert driven.backend.calls == [("set_features", FEATURES | 1 << 30)]
+
+
+def test_leaving_requests_in_flight_needs_a_region_that_records_them():
+    answer = Driven().send(Request.SET_PROTOCOL_FEATURES, m.U64(F.GET_VRING_BASE_INFLIGHT | F.REPLY_ACK))
+    assert "needs INFLIGHT_SHMFD" in answer.refused
 
 
 def test_an_acknowledgement_is_sent_only_if_asked_for_and_negotiated():

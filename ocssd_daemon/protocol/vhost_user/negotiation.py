@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ocssd_daemon.protocol.vhost_user.session import Session
 
 Fds = Sequence[int]
+_F = ProtocolFeature
 
 
 def get_features(session: Session, message: Message, fds: Fds) -> U64:
@@ -49,6 +50,8 @@ def set_protocol_features(session: Session, message: U64, fds: Fds) -> None:
     # Regions were recorded under user or guest-physical addresses; they cannot change their meaning.
     if session.regions and changed & ProtocolFeature.GPA_ADDRESSES:
         raise Refusal("GPA_ADDRESSES cannot change while there are memory regions")
+    if message.value & _F.GET_VRING_BASE_INFLIGHT and not message.value & _F.INFLIGHT_SHMFD:
+        raise Refusal("GET_VRING_BASE_INFLIGHT needs INFLIGHT_SHMFD")
     session.protocol_features = ProtocolFeature(message.value)
 
 

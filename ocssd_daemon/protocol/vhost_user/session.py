@@ -6,9 +6,9 @@ support")
 Rule 1: this module and its handlers see messages and opaque descriptor numbers, never a socket. Bytes come in
 through `Session.receive`, an `Answer` comes out; what happens to rings and memory happens through `Backend`.
 
-Rule 2: the table is the truth. A protocol feature is offered exactly if a rule needs it or
-`DISPATCHER_FEATURES` says that the dispatcher itself carries it out. To implement a message is to add a rule;
-nothing else has to be told.
+Rule 2: the table is the truth. A protocol feature is offered exactly if a rule needs it or, where it has no
+message of its own, `MESSAGELESS_FEATURES` names it. To implement a message is to add a rule; nothing else has to
+be told.
 
 *Negotiation.* GET_FEATURES shows what the rings can do, plus bit 30, which opens GET/SET_PROTOCOL_FEATURES. A
 message whose protocol feature was not negotiated is refused. A feature that was not offered is refused. While
@@ -64,7 +64,10 @@ Handler = Callable[["Session", Any, Sequence[int]], "Message | Enclosing | None"
 
 NOTHING = ProtocolFeature(0)
 NO_FEATURE = Feature(0)
-DISPATCHER_FEATURES = ProtocolFeature.REPLY_ACK | ProtocolFeature.GPA_ADDRESSES
+# GET_VRING_BASE_INFLIGHT permits to leave requests in flight when a ring stops; a ring that is drained leaves none.
+MESSAGELESS_FEATURES = (
+    ProtocolFeature.REPLY_ACK | ProtocolFeature.GPA_ADDRESSES | ProtocolFeature.GET_VRING_BASE_INFLIGHT
+)
 ACCEPTED, REFUSED = U64(0), U64(1)
 
 
@@ -238,4 +241,4 @@ RULES: dict[int, Rule] = {
     Request.SET_CONFIG: Rule(configuration.set_config, _F.CONFIG),
 }
 
-OFFERED_PROTOCOL_FEATURES = reduce(or_, (rule.needs for rule in RULES.values()), DISPATCHER_FEATURES)
+OFFERED_PROTOCOL_FEATURES = reduce(or_, (rule.needs for rule in RULES.values()), MESSAGELESS_FEATURES)
