@@ -13,10 +13,10 @@ from libc.stdint cimport uint16_t, uint64_t
 from ocssd_daemon.native.chain cimport copy_once
 from ocssd_daemon.native.disk cimport disk_prefetch_data, disk_prefetch_map, disk_t
 from ocssd_daemon.native.gmem cimport gmem_at
-from ocssd_daemon.native.sys cimport prefetch
+from ocssd_daemon.native.sys cimport load_acquire_u16, prefetch
 from ocssd_daemon.native.vblk cimport VBLK_HEADER_BYTES, VBLK_T_IN, vblk_header_t, vblk_offset
 from ocssd_daemon.native.vring cimport DESC_BYTES, DESC_F_INDIRECT, vring_desc_t, vring_t
-from ocssd_daemon.native.vring_split cimport split_head
+from ocssd_daemon.native.vring_split cimport SPLIT_IDX, split_head
 
 cdef enum:                      # in requests
     TABLE_AHEAD = 6
@@ -28,6 +28,14 @@ ctypedef struct lookahead_t:    # positions are the ring's, modulo 2^16
     uint16_t mapped             # before this one, map entries were asked for
     uint16_t fetched            # before this one, data was
     uint64_t read_offset_bytes[LOOK_SLOTS]      # by position; -1: not a read
+
+
+cdef inline uint16_t look_waiting(vring_t *ring) noexcept nogil:
+    """How many requests can be looked at. Near the end of what was seen, see whether the driver has added some."""
+    cdef uint16_t waiting = <uint16_t>(ring.seen_avail - ring.next_avail)
+    if waiting <= TABLE_AHEAD:
+        waiting = <uint16_t>(load_acquire_u16(ring.avail + SPLIT_IDX) - ring.next_avail)
+    return min(waiting, <uint16_t>ring.num)
 
 
 cdef inline bint look_desc(vring_t *ring, uint16_t position, vring_desc_t *desc) noexcept nogil:
@@ -77,9 +85,10 @@ cdef inline uint64_t look_for_map(vring_t *ring, uint16_t position, const disk_t
 cdef inline void look_ahead(lookahead_t *self, vring_t *ring, const disk_t *disk) noexcept nogil:
     """Call after a request was taken: ``next_avail`` is the one behind it."""
     cdef uint16_t first = ring.next_avail
-    cdef uint16_t waiting = <uint16_t>(ring.seen_avail - first)
+    cdef uint16_t waiting
     if ring.packed:
         return
+    waiting = look_waiting(ring)
     if waiting > TABLE_AHEAD:
         look_for_table(ring, <uint16_t>(first + TABLE_AHEAD))
     if <uint16_t>(self.mapped - first) > MAP_AHEAD:
