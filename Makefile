@@ -19,18 +19,23 @@ help:
 	@echo "make bench  speed beside other servers, as tables and JSON"
 	@echo "make clean  remove what the above made"
 
-# The interpreter and what the daemon itself needs.
-$(VENV)/.runtime: pyproject.toml tools/make-venv $(NATIVE)
+# The interpreter, the daemon installed in it (editable), and what it needs.
+$(VENV)/.runtime: pyproject.toml tools/make-venv
 	@PYTHON="$(PYTHON)" tools/make-venv "$(VENV)"
 	@touch $@
 
-# The same, and what tests and lint need.
+# The extensions again, after an edit: only those that the edit touches.
+$(VENV)/.built: $(VENV)/.runtime $(NATIVE)
+	@tools/build-native $(BIN)/python
+	@touch $@
+
+# What tests and lint need.
 $(VENV)/.dev: $(VENV)/.runtime
 	@PYTHON="$(PYTHON)" tools/make-venv "$(VENV)" test lint
 	@touch $@
 
-build: $(VENV)/.runtime
-dev: $(VENV)/.dev
+build: $(VENV)/.built
+dev: $(VENV)/.built $(VENV)/.dev
 
 # Programs from the distribution that tests run beside ours.
 deps:
