@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import struct
@@ -12,6 +13,7 @@ import trio
 from ocssd_daemon.protocol.vhost_user import messages as m
 from ocssd_daemon.protocol.vhost_user.wire import BackendRequest, ProtocolFeature, Request
 from ocssd_daemon.transport.fdsocket import FdBag, FdSocket, PeerGone
+from ocssd_daemon.transport.vhost_user import VhostUserServer
 from ocssd_daemon.transport.vhost_user_channel import BackendChannel
 from ocssd_daemon.transport.vhost_user_live import Limits
 from tests.kit.vhost_frontend import Frontend, Refused, eventfd
@@ -280,6 +282,34 @@ async def test_a_bug_in_one_session_does_not_end_the_server(rings, path, caplog)
             assert await frontend.is_closed()
             assert "vhost.bug" in caplog.text
             await next_one.connect(str(path))
+
+
+class OutOfDescriptors(trio.abc.Listener[trio.SocketStream]):
+    """accept() that fails twice for want of descriptors and then has nothing to accept."""
+
+    def __init__(self) -> None:
+        self.failures = 0
+        self.recovered = trio.Event()
+
+    async def accept(self) -> trio.SocketStream:
+        if self.failures == 2:
+            self.recovered.set()
+            await trio.sleep_forever()
+        self.failures += 1
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    async def aclose(self) -> None:
+        """Nothing to close."""
+
+
+async def test_xx_01_a_lack_of_descriptors_at_accept_is_waited_out(rings, autojump_clock):
+    server, listener = VhostUserServer(rings.open, 1), OutOfDescriptors()
+    begin = trio.current_time()
+    async with trio.open_nursery() as nursery:
+        await nursery.start(server.serve, listener)
+        await listener.recovered.wait()
+        nursery.cancel_scope.cancel()
+    assert trio.current_time() - begin == pytest.approx(0.2)
 
 
 async def test_a_connected_socket_is_served_like_an_accepted_one(rings, path):

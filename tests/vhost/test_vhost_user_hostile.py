@@ -11,7 +11,7 @@ import socket
 import struct
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
 import pytest
@@ -22,6 +22,7 @@ from ocssd_daemon.protocol.vhost_user import messages as m
 from ocssd_daemon.protocol.vhost_user import wire
 from ocssd_daemon.protocol.vhost_user.memory import MEM_SLOTS
 from ocssd_daemon.protocol.vhost_user.wire import Feature, ProtocolFeature, Request
+from ocssd_daemon.transport.fdsocket import PeerGone
 from ocssd_daemon.transport.vhost_user import VhostUserServer, rings_of
 from tests.kit.guest_memory import USER_OFFSET
 from tests.kit.vhost_disk import read, write
@@ -179,6 +180,16 @@ async def sized_ring(frontend: Frontend) -> None:
     await frontend.do(Request.SET_VRING_NUM, m.VringState(0, 128))
 
 
+async def two_regions(frontend: Frontend) -> None:
+    await sized_ring(frontend)
+    fd = os.memfd_create("next", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(fd, MIB)
+        await frontend.do(Request.ADD_MEM_REG, region(gpa=GUEST, user=USER_OFFSET + GUEST), [fd])
+    finally:
+        os.close(fd)
+
+
 async def started(frontend: Frontend) -> None:
     await frontend.start()
 
@@ -235,6 +246,7 @@ LIES = [
     Lie("VU-34-used-misaligned", ADDR, address(used=0x12002), before=sized_ring),
     Lie("VU-34-last-byte-of-desc-outside", ADDR, address(desc=GUEST - 128 * 16 + 16), before=sized_ring),
     Lie("VU-34-last-byte-of-used-outside", ADDR, address(used=GUEST - 128 * 8), before=sized_ring),
+    Lie("VU-34-straddles-two-regions", ADDR, address(used=GUEST - 64), before=two_regions),
     Lie("VU-34-no-memory-at-all", ADDR, address()),
     Lie("VU-35-address-flags", ADDR, address(flags=0x80), before=sized_ring),
     Lie("VU-36-split-base", BASE, m.VringState(0, 0x10000), before=sized_ring),
@@ -337,6 +349,33 @@ async def test_vu_12_descriptors_in_the_middle_of_a_message_end_the_session(aren
     await arena.attacker.send_raw(message[:12])
     await arena.attacker.send_raw(message[12:], [arena.props.event()])
     assert await arena.attacker.is_closed(within_s=1)
+
+
+FIRST_MESSAGES = {
+    "VU-15-ring-address": m.encode_request(ADDR, m.VringAddr(0, 0, 0x1000, 0x3000, 0x2000, 0)),
+    "VU-15-base": m.encode_request(BASE, m.VringState(0, 7)),
+    "VU-15-get-base": m.encode_request(Request.GET_VRING_BASE, m.VringState(0, 0)),
+    "VU-15-enable": m.encode_request(ENABLE, m.VringState(0, 1)),
+    "VU-15-reset": m.encode_request(Request.RESET_DEVICE, m.Empty()),
+    "VU-15-inflight": m.encode_request(Request.GET_INFLIGHT_FD, m.Inflight(0, 0, 1, 128)),
+    "VU-15-memory-table": m.encode(Request.SET_MEM_TABLE, NO_NEED, table(1, 1)),
+}
+
+
+@pytest.mark.parametrize("data", [pytest.param(data, id=case) for case, data in FIRST_MESSAGES.items()])
+async def test_a_message_before_any_negotiation_is_carried_out_or_ends_the_session(arena, data):
+    arena.attacker.disconnect()
+    await no_session(arena.server)
+    sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    await sock.connect(arena.path)
+    arena.attacker.attach(sock)
+    with suppress(PeerGone):
+        await arena.attacker.send_raw(data, [arena.props.memory()])
+        await arena.attacker.send(GET)
+        while (await arena.attacker.reply())[0] != GET:
+            pass
+    arena.attacker.disconnect()
+    await no_session(arena.server)
 
 
 # Memory that changes under a running ring.
