@@ -28,7 +28,7 @@ from tests.kit.requires import missing
 from tools.newc import member, trailer
 
 UP = "GUEST-UP"
-DONE = re.compile(r"^GUEST-DONE rc=(\d+)", re.MULTILINE)
+DONE = re.compile(r"GUEST-DONE rc=(\d+)\n")
 TAIL_LINES = 40
 DEFAULT_TIMEOUT_S = 90.0
 
