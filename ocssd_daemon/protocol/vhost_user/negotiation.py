@@ -84,8 +84,7 @@ def reset_device(session: Session, message: Message, fds: Fds) -> None:
 def set_status(session: Session, message: U64, fds: Fds) -> None:
     if message.value > 0xFF:
         raise Refusal(f"status {message.value:#x} is longer than 8 bits")
-    if message.value == 0:
-        reset_device(session, message, fds)
+    # 0 is no reset here: QEMU up to 8 says it first when it stops a device, and asks for the ring bases after it.
     session.status = message.value
 
 

@@ -24,9 +24,9 @@ while it is enabled; without bit 30 there is no SET_VRING_ENABLE and it runs at 
 arrives before the enable is remembered by the backend. SET_VRING_ENABLE and GET_VRING_BASE come for rings
 that the driver never set up, too: both are no errors.
 
-*Reset.* RESET_DEVICE, and a status of 0, drop the rings, the negotiated features, the status and the inflight
-region. Memory, error descriptors, protocol features and the back-end channel stay: the front end does not
-send them again.
+*Reset.* RESET_DEVICE drops the rings, the negotiated features, the status and the inflight region. Memory,
+error descriptors, protocol features and the back-end channel stay: the front end does not send them again.
+A status of 0 alone drops nothing: some front ends send it before they ask where the rings stood.
 
 *Configuration.* A front end that starts a ring without having read the configuration is one that reconnected: it
 goes by what it read before, in the session before. So the write cache mode that its driver chose is put back
