@@ -91,9 +91,13 @@ cdef class VhostDevice:
         if self.dev != NULL:
             self.close()
 
-    cdef int _lock(self) except -1:
+    cdef int _check_open(self) except -1:
         if self.dev == NULL:
             raise ValueError("the device is closed")
+        return 0
+
+    cdef int _lock(self) except -1:
+        self._check_open()
         with nogil:
             reactor_lock(self.dev.reactor)
         return 0
@@ -112,6 +116,7 @@ cdef class VhostDevice:
 
     @property
     def device_features(self):
+        self._check_open()
         bits = _VIRTIO + _BLOCK
         bits += (vblk.VIRTIO_BLK_F_RO,) if self.dev.blk.read_only else _BLOCK_WRITABLE
         if self.num_queues > 1:
@@ -126,6 +131,7 @@ cdef class VhostDevice:
         _refuse(refusal)
 
     def config(self):
+        self._check_open()
         cdef uint32_t block_bytes = self.disk.d.block_bytes
         cdef uint32_t blocks_per_sector = self.disk.d.sector_bytes // block_bytes
         cdef bint writable = not self.dev.blk.read_only

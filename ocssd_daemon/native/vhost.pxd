@@ -25,6 +25,10 @@ from ocssd_daemon.native.virtqueue cimport (
 from ocssd_daemon.native.vring cimport signal_peer, vring_t
 
 
+cdef enum:
+    SHOW_EARLY_BYTES = 64 << 10     # half a turn that moves this much lasts longer than waking the driver
+
+
 ctypedef struct vhost_addr_t:   # SET_VRING_ADDR: user or guest-physical addresses, ``log`` guest-physical
     uint32_t flags
     uint64_t desc
@@ -35,6 +39,7 @@ ctypedef struct vhost_addr_t:   # SET_VRING_ADDR: user or guest-physical address
 ctypedef struct vhost_queue_t:
     vring_t ring
     bint unfinished             # `request` has been begun and needs further steps
+    int last_turn               # requests served in the last turn that had any
     uint32_t parked             # completions that wait for their deadline
     uint16_t index
     uint8_t fault               # FAULT_*: the driver broke the ring; it rests until it is addressed again
@@ -116,6 +121,11 @@ cdef inline void vhost_finish(vhost_t *self, vhost_queue_t *queue, int status) n
                   request.chain.id | <uint64_t>request.chain.ring_slots << 16 | <uint64_t>written_bytes << 32)
 
 
+cdef inline void vhost_show(vhost_queue_t *queue) noexcept nogil:
+    virtqueue_publish(&queue.ring)
+    virtqueue_notify(&queue.ring)
+
+
 cdef inline void vhost_complete(source_t *source, uint64_t index, uint64_t element) noexcept nogil:
     cdef vhost_t *self = <vhost_t *>source
     cdef vhost_queue_t *queue = &self.queues[index]
@@ -123,8 +133,7 @@ cdef inline void vhost_complete(source_t *source, uint64_t index, uint64_t eleme
     if queue.ring.used == NULL:             # a broken ring whose memory went away
         return
     virtqueue_complete(&queue.ring, <uint16_t>element, <uint16_t>(element >> 16), <uint32_t>(element >> 32))
-    virtqueue_publish(&queue.ring)
-    virtqueue_notify(&queue.ring)
+    vhost_show(queue)
 
 
 cdef inline bint vhost_execute(vhost_t *self, vhost_queue_t *queue, int status) noexcept nogil:
@@ -146,6 +155,8 @@ cdef inline int vhost_serve(vhost_t *self, vhost_queue_t *queue, int budget) noe
     cdef int done = 0
     cdef int taken = 1
     cdef int status
+    cdef int half = queue.last_turn >> 1
+    cdef long long early_bytes = self.blk.turn_bytes - SHOW_EARLY_BYTES
     while done < budget and self.blk.turn_bytes > 0:
         status = VBLK_MORE
         if not queue.unfinished:
@@ -157,12 +168,13 @@ cdef inline int vhost_serve(vhost_t *self, vhost_queue_t *queue, int budget) noe
         if not vhost_execute(self, queue, status):
             continue
         done += 1
-        # The first completion goes out at once: a driver that sleeps wakes up while we do the rest.
-        if done == 1:
-            virtqueue_publish(ring)
-            virtqueue_notify(ring)
-    virtqueue_publish(ring)
-    virtqueue_notify(ring)
+        # Half way, so that a driver that sleeps wakes up while we do the rest. Not more often: it would only go back
+        # to sleep, and each of its sleeps costs us the system call and the wake-up.
+        if done == half and self.blk.turn_bytes <= early_bytes:
+            vhost_show(queue)
+    vhost_show(queue)
+    if done:
+        queue.last_turn = done
     if taken < 0:
         vhost_break(self, queue, -taken)
     return done

@@ -386,6 +386,14 @@ def test_VU_53_a_storm_of_starts_and_stops_leaks_nothing() -> None:
         assert abs(mapping_count() - mappings) < 8
 
 
+@pytest.mark.parametrize("use", ["config", "device_features", "stats", "mem_reset", "arm"])
+def test_a_closed_device_says_so(use: str) -> None:
+    with BlkRig() as rig:
+        rig.device.close()
+        with pytest.raises(ValueError, match="closed"):
+            getattr(rig.device, use)()
+
+
 def test_close_releases_everything_and_is_idempotent() -> None:
     before = open_fds()
     rig = BlkRig()
