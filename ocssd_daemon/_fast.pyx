@@ -114,6 +114,24 @@ cdef class Media:
         """The chunk table: one record per chunk, in chunk-log order (``nand.layout.CHUNK_DTYPE``)."""
         return self._views[0]
 
+    @property
+    def early_reset(self):
+        """May an OPEN chunk be reset? pblk needs it; the specification's state machine has no such step."""
+        return bool(self.m.flags & MEDIA_EARLY_RESET)
+
+    @early_reset.setter
+    def early_reset(self, bint allowed):
+        self.m.flags = self.m.flags | MEDIA_EARLY_RESET if allowed else self.m.flags & ~<uint32_t>MEDIA_EARLY_RESET
+
+    @property
+    def multi_reset(self):
+        """May a FREE chunk be reset? (MCCAP bit 1)"""
+        return bool(self.m.flags & MEDIA_MULTI_RESET)
+
+    @multi_reset.setter
+    def multi_reset(self, bint allowed):
+        self.m.flags = self.m.flags | MEDIA_MULTI_RESET if allowed else self.m.flags & ~<uint32_t>MEDIA_MULTI_RESET
+
     def ppa(self, uint32_t group, uint32_t pu, uint32_t chunk, uint32_t sector=0):
         """Address of a sector by its place. Raises ValueError outside the geometry."""
         g = &self.m.geometry

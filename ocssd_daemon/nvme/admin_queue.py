@@ -13,7 +13,7 @@ from typing import Protocol
 from construct import Container
 
 from ..protocol.nvme.commands import AdminOpcode, SubmissionEntry
-from ..protocol.nvme.status import Status, describe, status_field
+from ..protocol.nvme.status import Status, describe
 from .admin import Source
 from .answers import Answer, fail
 from .controller import Controller
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 class AdminRing(Protocol):
     async def fetch(self) -> bytes | None: ...
 
-    async def complete(self, cid: int, status_field: int, dw0: int) -> None: ...
+    async def complete(self, cid: int, status: int, dw0: int) -> None: ...
 
 
 class AdminQueue:
@@ -46,7 +46,7 @@ class AdminQueue:
 
     async def deliver_events(self) -> None:
         for cid, dw0 in self._controller.take_events():
-            await self._ring.complete(cid, status_field(Status.SUCCESS), dw0)
+            await self._ring.complete(cid, Status.SUCCESS, dw0)
 
     async def _fetch(self) -> bytes | None:
         try:
@@ -60,9 +60,9 @@ class AdminQueue:
         log.debug("admin %s cid %#x nsid %#x: %s", _name(command.opcode), command.cid, command.nsid,
                   describe(answer.status) if answer else "later")
         if answer is not None:
-            await self._ring.complete(command.cid, status_field(answer.status), answer.dw0)
+            await self._ring.complete(command.cid, answer.status, answer.dw0)
         for cid in self._controller.aborted_events:
-            await self._ring.complete(cid, status_field(Status.ABORT_REQUESTED), 0)
+            await self._ring.complete(cid, Status.ABORT_REQUESTED, 0)
         self._controller.aborted_events.clear()
 
     async def _answer(self, command: Container) -> Answer | None:

@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from ocssd_daemon._nvme import MemoryFault
 
-class MemoryFault(Exception):
-    """A guest address that is not there, or may not be used that way."""
+__all__ = ["GuestMemory", "MemoryFault", "QueueShape", "Queues"]
 
 
 class GuestMemory(Protocol):

@@ -89,11 +89,3 @@ def bad_block_table(namespace: RawNamespace, lun: int, foreign: np.ndarray) -> b
     header = ocssd12.BadBlockHeader.build({
         "tblid": ocssd12.BAD_BLOCK_MAGIC, "verid": 1, "revid": 1, "tblks": len(states), **counted})
     return header + states.tobytes()
-
-
-def mark_blocks(namespace: RawNamespace, indices: list[int], state: BlockState) -> None:
-    """Set the mark of these chunks (indices within the namespace). The caller holds the reactor's lock."""
-    flags = namespace.media.chunks["flags"]
-    for index in indices:
-        at = namespace.chunk_base + index
-        flags[at] = flags[at] & ~MARK_MASK | state << MARK_SHIFT

@@ -11,9 +11,6 @@ import numpy as np
 from ..protocol.nvme import ocssd20
 from .namespaces import RawNamespace, bits_for
 
-EARLY_RESET, MULTI_RESET = 1, 2         # media.flags
-NO_WP = 0xFFFF_FFFF
-
 # The wire layout of ocssd20.ChunkDescriptor, as a numpy record: a table of a million chunks is built in one
 # go.
 DESCRIPTOR = np.dtype([
@@ -23,10 +20,10 @@ DESCRIPTOR = np.dtype([
 
 
 def mccap(namespace: RawNamespace) -> int:
-    flags = namespace.media.flags
+    media = namespace.media
     return int(ocssd20.Mccap.VECTOR_COPY
-               | (ocssd20.Mccap.MULTI_RESET if flags & MULTI_RESET else 0)
-               | (ocssd20.Mccap.EARLY_RESET if flags & EARLY_RESET else 0))
+               | (ocssd20.Mccap.MULTI_RESET if media.multi_reset else 0)
+               | (ocssd20.Mccap.EARLY_RESET if media.early_reset else 0))
 
 
 def geometry(namespace: RawNamespace, *, wear_threshold: int, times_ns: dict[str, int]) -> bytes:

@@ -22,6 +22,9 @@ from construct import (
     this,
 )
 
+# A parsed structure, for type hints of those who may not know construct.
+Record = Container
+
 SQE_BYTES = 64
 CQE_BYTES = 16
 BROADCAST_NSID = 0xFFFF_FFFF

@@ -16,6 +16,7 @@ from construct import (
     Array,
     Bytes,
     Computed,
+    Container,
     GreedyBytes,
     Int16ul,
     Int32ul,
@@ -33,6 +34,10 @@ MAX_DMA_MAPS = 65535
 MAX_VERSION_BYTES = 16 << 10
 MAX_WRITE_MULTI = 200
 MAX_MESSAGE_BYTES = HEADER_BYTES + 16 + MAX_DATA_BYTES + 4096
+
+
+# A parsed message, for type hints of those who may not know construct.
+Record = Container
 
 
 class Command(IntEnum):
