@@ -19,7 +19,9 @@ from types import TracebackType
 
 import trio
 
-FDS_MAX = 8  # per message: a whole vhost-user memory table. The kernel drops the rest and says so.
+# Per message, unless the protocol says otherwise: a whole vhost-user memory table. The kernel drops the rest
+# and says so.
+FDS_MAX = 8
 
 
 class PeerGone(Exception):
@@ -51,8 +53,9 @@ def close_all(fds: Iterable[int]) -> None:
 class FdSocket:
     """One connected Unix stream socket; closes it in `close()` or at the end of a `with` block."""
 
-    def __init__(self, sock: trio.socket.SocketType) -> None:
+    def __init__(self, sock: trio.socket.SocketType, fds_max: int = FDS_MAX) -> None:
         self._sock = sock
+        self._fds_max = fds_max
 
     def __enter__(self) -> FdSocket:
         return self
@@ -81,17 +84,17 @@ class FdSocket:
     async def receive_some(self, size: int, bag: FdBag) -> bytes:
         """At most *size* bytes (none: the peer is gone); descriptors that come with them go into *bag*.
 
-        Raises `BadDescriptors` if more descriptors were sent than `FDS_MAX`, or than this process may open.
+        Raises `BadDescriptors` if more descriptors were sent than *fds_max*, or than this process may open.
         """
         try:
             data, ancillary, flags, _ = await self._sock.recvmsg(
-                size, socket.CMSG_SPACE(FDS_MAX * struct.calcsize("i")), socket.MSG_CMSG_CLOEXEC
+                size, socket.CMSG_SPACE(self._fds_max * struct.calcsize("i")), socket.MSG_CMSG_CLOEXEC
             )
         except OSError:
             return b""
         bag.fds.extend(_descriptors(ancillary))
         if flags & socket.MSG_CTRUNC:
-            raise BadDescriptors(f"more than {FDS_MAX} descriptors in one message, or no room to open them")
+            raise BadDescriptors(f"more than {self._fds_max} descriptors in one message, or no room to open them")
         return data
 
     async def receive_rest(self, size: int, have: bytes, bag: FdBag) -> bytes:

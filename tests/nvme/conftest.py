@@ -1,0 +1,27 @@
+"""Controllers of each kind on a socket, with a host attached; small flash in RAM."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.kit.nvme_host import NvmeHost
+from tests.kit.nvme_target import Target, attached, serving
+
+StartTarget = Callable[..., tuple[Target, NvmeHost]]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[StartTarget]:
+    """``start(kinds, geometry, **options)`` → (target, host with one I/O queue pair)."""
+    with ExitStack() as stack:
+        def go(kinds: tuple[str, ...] = ("ocssd20",), *, shared: bool = True, **options: Any) -> tuple[Target, NvmeHost]:
+            target = stack.enter_context(serving(str(tmp_path / "socket"), kinds, **options))
+            host = stack.enter_context(attached(target, shared=shared))
+            host.create_queue()
+            return target, host
+        yield go
