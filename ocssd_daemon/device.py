@@ -14,11 +14,14 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from ocssd_daemon._fast import Reactor
+import numpy as np
+
+from ocssd_daemon._fast import Disk, Media, Reactor
 from ocssd_daemon._physics import Timing, attach_timing
+from ocssd_daemon.ftl.ownership import owned_pus
 from ocssd_daemon.ftl.target import Target, open_target
 from ocssd_daemon.log import kv
-from ocssd_daemon.nand.store import Store, open_file, open_ram
+from ocssd_daemon.nand.store import Store, boot_id, open_file, open_ram
 from ocssd_daemon.settings import Settings, SettingsError, latency_of, names_geometry
 
 log = logging.getLogger(__name__)
@@ -34,7 +37,8 @@ class DeviceError(ValueError):
 class Device:
     """One emulated Open-Channel SSD.
 
-    ``media``, ``ftl``, ``disk`` and ``reactor`` are the compiled parts; ``geometry`` is the flash's shape.
+    ``media``, ``ftl``, ``disk`` and ``reactor`` are the compiled parts; ``geometry`` is the flash's shape. Without PUs
+    of its own (setting ``ftl.pus``) the host FTL does not exist: ``ftl`` is None, and ``disk`` raises DeviceError.
     *named* are the settings that somebody gave: they are kept or refused, defaults may be bent to fit.
     *clock* ``virtual``: time is what ``media.now_ns`` is set to before each command, and no data is kept.
     Acquires the image and its lock until ``close``. Raises DeviceError and StoreError.
@@ -45,16 +49,18 @@ class Device:
     ) -> None:
         self.settings = settings
         self.store = _open_store(settings, named, keep_data=clock == "real")
+        self.geometry = self.store.geometry
         try:
-            self.target = _open_target(settings, named, self.store)
+            owned = _owned_pus(settings, self.geometry.total_pus)
+            self.target = _open_target(settings, named, self.store, owned) if owned else None
+            self.media = self.target.media if self.target else _open_media(settings, self.store)
             self.timing = _open_timing(settings, self.store)
         except BaseException:
             self.store.close()
             raise
-        self.geometry = self.store.geometry
-        self.media = self.target.media
-        self.ftl = self.target.ftl
-        self.disk = self.target.disk
+        self.ftl = self.target.ftl if self.target else None
+        self.ftl_owns = np.zeros(self.geometry.total_pus, np.uint8)
+        self.ftl_owns[owned] = 1
         attach_timing(self.media, self.timing, virtual=clock == "virtual")
         self.reactor = Reactor(settings.reactor.poll_us)
         self._transports: dict[str, Callable[[], Counters]] = {}
@@ -65,8 +71,16 @@ class Device:
 
     def close(self) -> None:
         """Clean stop of a device whose reactor stands still: program the buffers, leave a checkpoint."""
-        self.target.close()
+        if self.target is not None:
+            self.target.close()
         self.store.close()
+
+    @property
+    def disk(self) -> Disk:
+        """The block view. Raises DeviceError when the host FTL owns nothing."""
+        if self.target is None:
+            raise DeviceError("ftl.pus: the host FTL owns no parallel unit, so there is no disk to serve")
+        return self.target.disk
 
     # The reactor: one named thread, which runs without the GIL.
 
@@ -126,21 +140,23 @@ class Device:
 
     def disk_info(self) -> dict[str, Any]:
         """The block view's facts."""
+        disk = self.target.disk if self.target else None
         return {
-            "size_bytes": self.disk.size_bytes,
-            "block_bytes": self.disk.block_bytes,
-            "read_only": self.disk.read_only,
+            "size_bytes": disk.size_bytes if disk else 0,
+            "block_bytes": disk.block_bytes if disk else 0,
+            "read_only": disk.read_only if disk else self.settings.read_only,
             "store": self.settings.store or "RAM",
-            "started": self.target.how_started,
+            "started": self.target.how_started if self.target else "raw",
         }
 
     def stats(self) -> dict[str, Any]:
         """Every counter, by part; names are the same everywhere."""
         with self.reactor.paused():
-            parts = {part: getattr(self, part).stats() for part in ("ftl", "media", "reactor")}
+            parts = {part: getattr(self, part).stats() for part in ("ftl", "media", "reactor") if getattr(self, part)}
             parts["latency"] = self.timing.stats() if self.timing else {}
         # Outside: transports take the reactor's lock for their own counters, and it is not recursive.
-        return {**parts, "transports": {name: dict(stats()) for name, stats in self._transports.items()}}
+        transports = {name: dict(stats()) for name, stats in self._transports.items()}
+        return {"ftl": {}, **parts, "transports": transports}
 
 
 def _open_store(settings: Settings, named: frozenset[str], keep_data: bool) -> Store:
@@ -149,7 +165,22 @@ def _open_store(settings: Settings, named: frozenset[str], keep_data: bool) -> S
     return open_file(settings.store, settings.geometry, names_geometry(named))
 
 
-def _open_target(settings: Settings, named: frozenset[str], store: Store) -> Target:
+def _owned_pus(settings: Settings, total: int) -> list[int]:
+    """The PUs of the host FTL; with ``auto`` all of them, unless a raw namespace is all that is served."""
+    raw_only = settings.nvme.socket is not None and "block" not in settings.nvme.namespaces
+    block_doors = settings.vhost.socket is not None or bool(settings.nbd.listen)
+    try:
+        return owned_pus(settings.ftl.pus, total, disk_is_served=block_doors or not raw_only)
+    except ValueError as error:
+        raise DeviceError(str(error)) from None
+
+
+def _open_media(settings: Settings, store: Store) -> Media:
+    store.save_superblock(clean=False, boot_id=boot_id(), durability=settings.durability)
+    return Media(store, early_reset=settings.nvme.early_reset, multi_reset=settings.nvme.multi_reset)
+
+
+def _open_target(settings: Settings, named: frozenset[str], store: Store, owned: list[int]) -> Target:
     ftl = settings.ftl
     try:
         return open_target(
@@ -165,6 +196,9 @@ def _open_target(settings: Settings, named: frozenset[str], store: Store) -> Tar
             d_choices=ftl.d_choices,
             wear_spread=ftl.wear_spread,
             seed=settings.seed,
+            early_reset=settings.nvme.early_reset,
+            multi_reset=settings.nvme.multi_reset,
+            pus=owned,
         )
     except ValueError as error:
         raise DeviceError(str(error)) from None

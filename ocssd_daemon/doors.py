@@ -75,10 +75,29 @@ def _nbd_serve() -> Serve:
     return serve_nbd
 
 
+# NVMe over vfio-user
+
+
+def _nvme_addresses(settings: Settings) -> list[Address]:
+    path = settings.nvme.socket
+    return [] if path is None else [_checked("nvme.socket", unix_address, path)]
+
+
+def _nvme_uri(address: Address, settings: Settings) -> str:
+    return address.path if isinstance(address, UnixAddress) else str(address)
+
+
+def _nvme_serve() -> Serve:
+    from ocssd_daemon.transport.vfio_user_door import serve_vfio_user
+
+    return serve_vfio_user
+
+
 DOORS: dict[str, Door] = {
     door.name: door
     for door in (
         Door("vhost-user", "--socket PATH", "socket", _vhost_addresses, _vhost_uri, _vhost_serve),
         Door("nbd", "--nbd unix:PATH|tcp:HOST:PORT", "uri", _nbd_addresses, _nbd_uri, _nbd_serve),
+        Door("vfio-user", "--vfio-user PATH", "vfio", _nvme_addresses, _nvme_uri, _nvme_serve),
     )
 }

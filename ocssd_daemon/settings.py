@@ -74,6 +74,9 @@ class FtlSettings(Section, frozen=True):
         Literal[512, 1024, 2048, 4096, 8192, 16384, 32768, 65536],
         _text("the disk's logical block: at most a sector"),
     ] = 512
+    pus: Annotated[
+        str, _text("parallel units of the disk: all, none, ranges as 0-3,6; auto: none if only raw flash is served")
+    ] = "auto"
 
 
 class LatencySettings(Section, frozen=True):
@@ -133,6 +136,37 @@ class NbdSettings(Section, frozen=True):
     tls: TlsSettings = TlsSettings()
 
 
+class NvmeSettings(Section, frozen=True):
+    """The NVMe controller, served over vfio-user."""
+
+    socket: Annotated[str | None, _text("path of the Unix socket that QEMU's vfio-user-pci connects to")] = None
+    namespaces: Annotated[
+        tuple[Literal["ocssd20", "ocssd12", "block"], ...],
+        Meta(min_length=1, max_length=256, description="one each: ocssd20 or ocssd12 (flash), block (the disk)"),
+    ] = ("ocssd20",)
+    serial: Annotated[str, Meta(min_length=1, max_length=20, description="serial number")] = "ocssd-0"
+    model: Annotated[str, Meta(max_length=40, description="model number")] = "ocssd-daemon"
+    firmware: Annotated[str, Meta(max_length=8, description="firmware revision")] = "1.0"
+    vid: Annotated[int, _int(0, 0xFFFF, "PCI vendor; Linux binds lightnvm to 0x1d1d")] = 0x1D1D
+    did: Annotated[int, _int(0, 0xFFFF, "PCI device; Linux binds lightnvm to 0x1f1f")] = 0x1F1F
+    mdts: Annotated[int, _int(0, 16, "largest transfer: 2^mdts pages of 4 KiB; 0: no limit")] = 7
+    queues: Annotated[int, _int(1, 2047, "I/O queue pairs")] = 64
+    entries: Annotated[int, _int(2, 65536, "most entries of one queue")] = 1024
+    aerl: Annotated[int, _int(0, 255, "asynchronous event requests at once, less 1")] = 3
+    acl: Annotated[int, _int(0, 255, "Abort commands at once, less 1")] = 3
+    error_entries: Annotated[int, _int(1, 64, "entries of the error log")] = 64
+    stride: Annotated[int, _int(0, 12, "doorbells lie 4 << stride bytes apart")] = 0
+    doorbells: Annotated[
+        Literal["trapped", "mapped"],
+        _text("trapped: register writes, or shadow doorbells; mapped: the guest writes our memory, and we poll it"),
+    ] = "trapped"
+    planes: Annotated[Literal[1, 2, 4], _text("OCSSD 1.2: planes; a block of one plane is one chunk")] = 1
+    dlfeat: Annotated[Literal[0, 1, 2], _text("unwritten sectors read as: 1 zeroes, 2 ones, 0 not said (zeroes)")] = 1
+    wear_threshold: Annotated[int, _int(0, 255, "wear index off the mean that is notified (WIT); 0: never")] = 0
+    early_reset: Annotated[bool, _text("an open chunk may be reset; pblk needs it")] = True
+    multi_reset: Annotated[bool, _text("a free chunk may be reset (MCCAP bit 1)")] = False
+
+
 class ControlSettings(Section, frozen=True):
     """The control socket."""
 
@@ -157,6 +191,7 @@ class Settings(Section, frozen=True):
     reactor: ReactorSettings = ReactorSettings()
     vhost: VhostSettings = VhostSettings()
     nbd: NbdSettings = NbdSettings()
+    nvme: NvmeSettings = NvmeSettings()
     control: ControlSettings = ControlSettings()
 
 
@@ -167,6 +202,42 @@ PRESETS: dict[str, dict[str, Any]] = {
         "geometry.pus": 4,
         "geometry.chunks": 64,
         "geometry.sectors": 64,
+    },
+    "pblk-20": {  # what Linux's pblk likes: many lines, and a write unit that fits MDTS
+        "geometry.chunks": 128,
+        "geometry.sectors": 512,
+        "geometry.mw_cunits": 24,
+        "nvme.namespaces": ["ocssd20"],
+    },
+    "pblk-12": {  # two planes: a block of the guest is two chunks, a flash page is ws_min sectors
+        "geometry.chunks": 256,
+        "geometry.sectors": 256,
+        "geometry.mw_cunits": 0,
+        "nvme.namespaces": ["ocssd12"],
+        "nvme.planes": 2,
+    },
+    "reference-20": {  # as `qemu-img create -f ocssd` without options made it
+        "geometry.groups": 2,
+        "geometry.pus": 8,
+        "geometry.chunks": 60,
+        "geometry.sectors": 4096,
+        "geometry.ws_min": 4,
+        "geometry.ws_opt": 8,
+        "geometry.mw_cunits": 24,
+        "nvme.namespaces": ["ocssd20"],
+        "nvme.serial": "deadbeef",
+    },
+    "reference-12": {  # lver=1 and a 1 GiB file: 1 LUN, 1 plane, 256 pages of one sector a block
+        "geometry.groups": 1,
+        "geometry.pus": 1,
+        "geometry.chunks": 1024,
+        "geometry.sectors": 256,
+        "geometry.ws_min": 1,
+        "geometry.ws_opt": 1,
+        "geometry.mw_cunits": 0,
+        "nvme.namespaces": ["ocssd12"],
+        "nvme.mdts": 10,
+        "nvme.serial": "deadbeef",
     },
     "wide": {  # as many parallel units as a data-centre drive
         "geometry.groups": 8,

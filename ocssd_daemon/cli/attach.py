@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Callable
 
@@ -23,10 +24,25 @@ def qemu_line(socket: str) -> str:
     )
 
 
+def vfio_line(socket: str) -> str:
+    """QEMU 10.1 or newer with the controller as a PCI device; guest memory must be shared to be fast."""
+    device = json.dumps({"driver": "vfio-user-pci", "socket": {"type": "unix", "path": socket}})
+    return " ".join(
+        [
+            "qemu-system-x86_64",
+            "-machine q35,accel=kvm:tcg,memory-backend=mem",
+            f"-m {GUEST_MEMORY} -object memory-backend-memfd,id=mem,size={GUEST_MEMORY},share=on",
+            f"-device {shlex.quote(device)}",
+            "-nographic",
+        ]
+    )
+
+
 # By the names that --run exports; the order is the order on the screen.
 SECTIONS: dict[str, tuple[str, Callable[[str], str]]] = {
     "socket": ("QEMU (add your guest's own -drive, -cdrom or -kernel):", qemu_line),
     "uri": ("NBD clients (nbdinfo, nbdcopy, qemu-img, fio, nbd-client):", shlex.quote),
+    "vfio": ("QEMU 10.1 or newer, for the NVMe controller:", vfio_line),
     "ctl": ("ocssd:", lambda path: f"ocssd --control {shlex.quote(path)} stats"),
 }
 

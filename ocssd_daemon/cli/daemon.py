@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 SHORT_FORMS = {
     "socket_path": "vhost.socket",
     "nbd": "nbd.listen",
+    "vfio_user": "nvme.socket",
     "control": "control.socket",
     "store": "store",
     "size": "size",
@@ -35,7 +36,8 @@ SHORT_FORMS = {
 WAYS = """no transport named; name one or more of these ways to attach the disk:
   --socket /run/ocssd.sock           vhost-user-blk, for QEMU and other virtual machine monitors
   --nbd unix:/run/ocssd-nbd.sock     NBD over a Unix socket, for clients on this machine
-  --nbd tcp:127.0.0.1:10809          NBD over TCP"""
+  --nbd tcp:127.0.0.1:10809          NBD over TCP
+  --vfio-user /run/ocssd-nvme.sock   the Open-Channel SSD itself, as an NVMe controller for QEMU 10.1 or newer"""
 
 
 def fail(line: str, code: int) -> NoReturn:
@@ -83,6 +85,7 @@ def _print_capabilities(context: click.Context, parameter: click.Parameter, want
 )
 @click.option("--fd", type=click.IntRange(0), metavar="N", help="Serve vhost-user-blk on this inherited socket.")
 @click.option("--nbd", multiple=True, metavar="ADDRESS", help="Serve NBD at unix:PATH or tcp:HOST:PORT. Repeatable.")
+@click.option("--vfio-user", metavar="PATH", help="Serve the NVMe controller over vfio-user at this Unix socket.")
 @click.option("--control", metavar="PATH", help="Control socket for ocssd; default: the first socket's path + .ctl.")
 @click.option("--store", "--blk-file", metavar="FILE", help="Keep the flash in this image file; default: RAM.")
 @click.option("--size", metavar="SIZE", help="Raw flash, such as 4G; the disk is smaller by the over-provisioning.")

@@ -29,14 +29,15 @@ class CapacityError(ValueError):
     """The flash is too small for the over-provisioning that is asked for; says which number to change."""
 
 
-def capacity_of(geometry: Geometry, op: float, exact: bool = False) -> int:
-    """Logical sectors of a disk over all of *geometry*: raw / (1 + *op*), leaving the lines that GC needs.
+def capacity_of(geometry: Geometry, op: float, exact: bool = False, pus: int | None = None) -> int:
+    """Logical sectors of a disk over *pus* PUs (default: all): raw / (1 + *op*), leaving the lines that GC needs.
 
     *exact*: the user named *op*, so a device that cannot honour it is refused with CapacityError; otherwise small
     devices get more spare space than *op*, as pblk does.
     """
-    line = geometry.total_pus * geometry.sectors
-    wanted = int(geometry.total_sectors / (1 + op))
+    line = (geometry.total_pus if pus is None else pus) * geometry.sectors
+    raw = line * geometry.chunks
+    wanted = int(raw / (1 + op))
     most = (geometry.chunks - SPARE_LINES) * line
     if most < line:
         raise CapacityError(
@@ -45,7 +46,7 @@ def capacity_of(geometry: Geometry, op: float, exact: bool = False) -> int:
     if wanted > most and exact:
         raise CapacityError(
             f"ftl.op = {op}: leaves {geometry.chunks - wanted / line:.1f} spare lines of {geometry.chunks}, "
-            f"GC needs {SPARE_LINES}; use ftl.op >= {geometry.total_sectors / most - 1:.3f} or more geometry.chunks"
+            f"GC needs {SPARE_LINES}; use ftl.op >= {raw / most - 1:.3f} or more geometry.chunks"
         )
     return min(wanted, most)
 
@@ -99,6 +100,13 @@ def _start(ftl: Ftl, store: Store) -> str:
     return "recovered"
 
 
+def _check_owned(store: Store, owned: list[int]) -> None:
+    before = store.superblock
+    had = before.ftl_pus or list(range(store.geometry.total_pus))
+    if before.capacity_sectors and had != owned:
+        raise StoreError(f"{store.path}: its disk lies on PUs {had}, ftl.pus names {owned}; name the same ones")
+
+
 def open_target(
     store: Store,
     *,
@@ -108,22 +116,29 @@ def open_target(
     durability: str = "process",
     read_only: bool = False,
     early_reset: bool = True,
+    multi_reset: bool = False,
+    pus: list[int] | None = None,
     **ftl_options: Any,
 ) -> Target:
-    """Start a block target on *store*.
+    """Start a block target on *store*, over the PUs *pus* (default: all).
 
     *ftl_options* go to ``Ftl``: victim, frontiers, reserve_lines, d_choices, wear_spread, seed. An image keeps the
-    capacity that it was first used with. Raises CapacityError, StoreError or ValueError with one sentence.
+    capacity and the PUs that it was first used with. Raises CapacityError, StoreError or ValueError with one sentence.
     """
-    media = Media(store, early_reset=early_reset)
+    owned = list(range(store.geometry.total_pus)) if pus is None else pus
+    _check_owned(store, owned)
+    media = Media(store, early_reset=early_reset, multi_reset=multi_reset)
     known = store.superblock.capacity_sectors
-    capacity = known or capacity_of(store.geometry, op, op_is_exact)
-    ftl = Ftl(media, capacity, host_durable=durability == "host" and store.fd >= 0, **ftl_options)
+    capacity = known or capacity_of(store.geometry, op, op_is_exact, len(owned))
+    durable = durability == "host" and store.fd >= 0
+    ftl = Ftl(media, capacity, pus=owned, host_durable=durable, **ftl_options)
     try:
         how = _start(ftl, store)
     except ValueError as error:
         raise StoreError(f"{store.path}: {error}; the image is damaged") from None
-    store.save_superblock(clean=False, boot_id=boot_id(), durability=durability, capacity_sectors=capacity)
+    store.save_superblock(
+        clean=False, boot_id=boot_id(), durability=durability, capacity_sectors=capacity, ftl_pus=owned
+    )
     if durability == "host":
         store.sync()
     return Target(store, media, ftl, Disk(ftl, block_bytes, read_only), durability, how)

@@ -51,6 +51,7 @@ class Superblock(msgspec.Struct):
     boot_id: str = ""
     durability: str = "process"
     capacity_sectors: int = 0
+    ftl_pus: list[int] = []  # of the block target, when it does not have all of them
     seq: int = 0
     l2p_crc: int = 0
     counters: dict[str, int] = {}

@@ -19,7 +19,8 @@ StartTarget = Callable[..., tuple[Target, NvmeHost]]
 def start(tmp_path: Path) -> Iterator[StartTarget]:
     """``start(kinds, geometry, **options)`` → (target, host with one I/O queue pair)."""
     with ExitStack() as stack:
-        def go(kinds: tuple[str, ...] = ("ocssd20",), *, shared: bool = True, **options: Any) -> tuple[Target, NvmeHost]:
+        def go(kinds: tuple[str, ...] = ("ocssd20",), *, shared: bool = True, **options: Any) -> tuple[Target,
+                                                                                                       NvmeHost]:
             target = stack.enter_context(serving(str(tmp_path / "socket"), kinds, **options))
             host = stack.enter_context(attached(target, shared=shared))
             host.create_queue()

@@ -356,7 +356,8 @@ def test_wear_does_not_wrap_and_a_worn_out_chunk_goes_offline(start):
 
 def dsm(host, *ranges, attributes=4):
     data = b"".join(struct.pack("<IIQ", 0, count, slba) for slba, count in ranges)
-    return host.io(0x09, address=host.put(data), count=len(data), dwords=struct.pack("<II", len(ranges) - 1, attributes))
+    return host.io(0x09, address=host.put(data), count=len(data), dwords=struct.pack("<II", len(ranges) - 1,
+                                                                                     attributes))
 
 
 def test_dsm_deallocate_of_a_whole_chunk_is_a_reset(start):
