@@ -33,7 +33,7 @@ from ocssd_daemon.native.reactor cimport (
     reactor_close, reactor_init, reactor_lock, reactor_run, reactor_stop, reactor_t, reactor_unlock,
 )
 from ocssd_daemon.native.recovery cimport RECOVERY_BAD_MAP, RECOVERY_NO_MEMORY, ftl_load_map, ftl_recover
-from ocssd_daemon.native.sys cimport iovec
+from ocssd_daemon.native.sys cimport iovec, keep_heap
 
 VICTIMS = {
     "greedy": VICTIM_GREEDY,
@@ -538,6 +538,7 @@ cdef class Reactor:
     """
 
     def __cinit__(self, uint64_t poll_us=50):
+        keep_heap()
         cdef int failed = reactor_init(&self.r, poll_us * 1000)
         if failed:
             raise OSError(failed, os.strerror(failed))

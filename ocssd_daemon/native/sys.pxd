@@ -13,6 +13,7 @@ cdef extern from "sys/uio.h" nogil:
 cdef extern from *:
     """
     #include <errno.h>
+    #include <malloc.h>
     #include <stdint.h>
     #include <sched.h>
     #include <time.h>
@@ -36,6 +37,12 @@ cdef extern from *:
     static inline void ocssd_store_release_u16(void *p, uint16_t v) { __atomic_store_n((uint16_t *)p, v, __ATOMIC_RELEASE); }
     static inline void ocssd_store_release_u32(void *p, uint32_t v) { __atomic_store_n((uint32_t *)p, v, __ATOMIC_RELEASE); }
     static inline void ocssd_store_release_u64(void *p, uint64_t v) { __atomic_store_n((uint64_t *)p, v, __ATOMIC_RELEASE); }
+    static inline void ocssd_keep_heap(void) {
+    #ifdef __GLIBC__
+        mallopt(M_MMAP_THRESHOLD, 4 << 20);
+        mallopt(M_TRIM_THRESHOLD, 64 << 20);
+    #endif
+    }
     static inline void ocssd_prefetch(const void *p) { __builtin_prefetch(p); }
     static inline void ocssd_full_fence(void) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
     static inline void ocssd_release_fence(void) { __atomic_thread_fence(__ATOMIC_RELEASE); }
@@ -56,6 +63,8 @@ cdef extern from *:
     void store_release_u16 "ocssd_store_release_u16" (void *p, uint16_t v) noexcept nogil
     void store_release_u32 "ocssd_store_release_u32" (void *p, uint32_t v) noexcept nogil
     void store_release_u64 "ocssd_store_release_u64" (void *p, uint64_t v) noexcept nogil
+    # Buffers of some hundred KiB come and go with every large request: mapped anew, each costs a page fault per 4 KiB.
+    void keep_heap "ocssd_keep_heap" () noexcept nogil
     void prefetch "ocssd_prefetch" (const void *p) noexcept nogil      # never faults, whatever the address
     void full_fence "ocssd_full_fence" () noexcept nogil
     void release_fence "ocssd_release_fence" () noexcept nogil
