@@ -93,6 +93,7 @@ cdef class Media:
         self.m.flags = (MEDIA_EARLY_RESET if early_reset else 0) | (MEDIA_MULTI_RESET if multi_reset else 0)
         self.m.store_fd = store.fd
         self.m.data_offset = store.layout.data.offset
+        self.m.oob_offset = store.layout.oob.offset
         self._count_open()
 
     cdef _count_open(self):

@@ -8,6 +8,7 @@ the L2P is a checkpoint; ``boot_id`` tells a kill of the daemon (page cache inta
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import mmap
 import os
@@ -220,10 +221,20 @@ def _open_fd(path: str) -> int:
     return fd
 
 
-def _map(fd: int, size_bytes: int, path: str) -> mmap.mmap:
+def _reserve(fd: int, size_bytes: int) -> None:
+    """Have the file system allocate the front of the image: a full disk is an error here, a SIGBUS later."""
+    try:
+        os.posix_fallocate(fd, 0, size_bytes)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+
+
+def _map(fd: int, size_bytes: int, reserved_bytes: int, path: str) -> mmap.mmap:
     try:
         if os.fstat(fd).st_size < size_bytes:
             os.ftruncate(fd, size_bytes)
+        _reserve(fd, reserved_bytes)
         return mmap.mmap(fd, size_bytes, mmap.MAP_SHARED)
     except OSError as error:
         raise StoreError(f"{path}: cannot be mapped ({size_bytes} bytes): {error.strerror}") from None
@@ -256,7 +267,9 @@ def _open_image(fd: int, path: str, wanted: Geometry, explicit: bool) -> Store:
         raise StoreError(f"{path}: damaged superblock: {error}") from None
     if explicit and superblock.geometry != wanted:
         raise StoreError(f"{path}: {_difference(superblock.geometry, wanted)}")
-    store = Store(_map(fd, layout_of(superblock.geometry).size_bytes, path), superblock, fd, path)
+    layout = layout_of(superblock.geometry)
+    # Chunk table and L2P are written at any place at any time; data and OOB are reserved chunk by chunk.
+    store = Store(_map(fd, layout.size_bytes, layout.oob.offset, path), superblock, fd, path)
     if found:
         store._generation = found[0]
     else:

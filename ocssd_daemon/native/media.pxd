@@ -108,9 +108,11 @@ cdef extern from *:
     uint64_t chunk_word "ocssd_chunk_word" (const chunk_t *c, uint8_t state, uint32_t wp, uint8_t wear_index, uint8_t flags) noexcept nogil
 
 cdef extern from "fcntl.h" nogil:
-    int posix_fallocate(int fd, long long offset, long long length)
+    int fallocate(int fd, int mode, long long offset, long long length)
 
 cdef extern from "errno.h" nogil:
+    int errno
+    int EDQUOT
     int ENOSPC
 
 
@@ -124,6 +126,7 @@ ctypedef struct media_t:
     uint32_t flags
     int store_fd                # image file, -1 in RAM
     uint64_t data_offset        # of the data region in the image file
+    uint64_t oob_offset
     uint64_t sectors_written
     uint64_t sectors_read
     uint64_t chunks_reset
@@ -227,12 +230,19 @@ cdef inline bint may_open(const media_t *m, uint32_t chunk) noexcept nogil:
             and (g.maxocpu == 0 or m.open_of_pu[chunk_pu(m, chunk)] < g.maxocpu))
 
 
+cdef inline bint disk_is_full(int fd, uint64_t offset, uint64_t length) noexcept nogil:
+    """Allocate a range of the image. File systems that cannot do it ahead of time are trusted to have room."""
+    return fallocate(fd, 0, offset, length) != 0 and (errno == ENOSPC or errno == EDQUOT)
+
+
 cdef inline int store_reserve(media_t *m, uint32_t chunk) noexcept nogil:
-    """Make the host file system reserve the chunk's data now: a full disk is a write fault here, a SIGBUS later."""
-    cdef uint64_t chunk_bytes = <uint64_t>m.geometry.sectors * m.geometry.sector_bytes
+    """Make the host file system reserve the chunk's data and OOB now: a full disk is a write fault here, a SIGBUS later."""
+    cdef uint64_t data_bytes = <uint64_t>m.geometry.sectors * m.geometry.sector_bytes
+    cdef uint64_t oob_bytes = <uint64_t>m.geometry.sectors * m.geometry.oob_bytes
     if m.store_fd < 0 or m.data == NULL:
         return MEDIA_OK
-    if posix_fallocate(m.store_fd, m.data_offset + chunk * chunk_bytes, chunk_bytes) == ENOSPC:
+    if disk_is_full(m.store_fd, m.data_offset + chunk * data_bytes, data_bytes) or (
+            oob_bytes and disk_is_full(m.store_fd, m.oob_offset + chunk * oob_bytes, oob_bytes)):
         m.store_full += 1
         return MEDIA_WRITE_FAULT
     return MEDIA_OK

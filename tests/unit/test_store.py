@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from ocssd_daemon.nand import store as store_module
 from ocssd_daemon.nand.geometry import Geometry, validate
 from ocssd_daemon.nand.layout import CHUNK_DTYPE, layout_of
 from ocssd_daemon.nand.store import StoreError, open_file, open_ram
+from tests.kit.requires import missing
 
 SMALL = validate(Geometry(groups=1, pus=2, chunks=16, sectors=64, sector_bytes=4096))
 
@@ -99,6 +101,38 @@ def test_the_image_keeps_its_geometry_and_an_explicit_other_one_is_refused(tmp_p
     kept.close()
     with pytest.raises(StoreError, match=r"made with geometry\.chunks = 16, not 32"):
         open_file(image(tmp_path), other, explicit=True)
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 12 MiB."""
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(tmp_path)], capture_output=True, text=True
+    )
+    if mount.returncode:
+        missing("a file system that can be filled", "run as root, so that a small tmpfs can be mounted")
+    yield tmp_path
+    subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+def test_a_full_host_disk_is_enospc_and_what_was_written_stays(full_disk: Path) -> None:
+    target = open_target(open_file(image(full_disk), SMALL))
+    results = [target.disk.write(lba * 4096, lba.to_bytes(8, "little") * 512) for lba in range(1500)]
+    written = results.index(28)
+    assert written > 64
+    assert set(results[written:]) == {28}
+    for lba in range(written):
+        assert target.disk.read(lba * 4096, 4096) == lba.to_bytes(8, "little") * 512
+    again = open_target(target.store)
+    assert again.how_started == "recovered"
+    assert again.disk.read((written - 1) * 4096, 4096) == (written - 1).to_bytes(8, "little") * 512
+
+
+def test_a_disk_too_full_for_the_tables_is_refused(full_disk: Path) -> None:
+    (full_disk / "other").write_bytes(bytes(11 << 20))
+    with pytest.raises(StoreError, match="No space left on device"):
+        open_file(image(full_disk), SMALL)
+    assert not Path(image(full_disk)).exists()
 
 
 def test_either_superblock_slot_can_be_lost(tmp_path: Path) -> None:
