@@ -270,8 +270,13 @@ class Frontend:
         await self.do(Request.SET_VRING_KICK, m.VringFd(index, True), [ring.kick_fd])
         await self.do(Request.SET_VRING_CALL, m.VringFd(index, True), [ring.call_fd])
 
-    async def stop(self) -> None:
-        """Driver reset, pause or shutdown: rings are drained and remember where they stood."""
+    async def stop(self, *, status_first: bool = False) -> None:
+        """Driver reset, pause or shutdown: rings are drained and remember where they stood.
+
+        *status_first*: in the order of QEMU 7.2, which takes the status back before it asks the rings.
+        """
+        if status_first:
+            await self.set_status(0)
         for index in range(len(self.rings)):
             await self.do(Request.SET_VRING_ENABLE, m.VringState(index, 0))
         for index in range(len(self.rings)):

@@ -57,10 +57,11 @@ async def test_both_rings_reach_the_same_disk(frontend):
     assert await read(frontend, 0, len(DATA), ring=1) == DATA
 
 
-async def test_a_stopped_ring_goes_on_where_it_stood(frontend):
+@pytest.mark.parametrize("status_first", [False, True], ids=["QEMU 11", "QEMU 7.2"])
+async def test_a_stopped_ring_goes_on_where_it_stood(frontend, status_first):
     for round_ in range(3):
         await write(frontend, 8 * round_, DATA)
-        await frontend.stop()
+        await frontend.stop(status_first=status_first)
         await frontend.start()
     assert await read(frontend, 0, 3 * len(DATA)) == 3 * DATA
 
