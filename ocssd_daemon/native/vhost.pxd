@@ -100,7 +100,8 @@ cdef inline void vhost_relist(vhost_t *self) noexcept nogil:
             self.live[self.live_count] = queue
             self.live_count += 1
     self.turn = 0
-    self.share = 64 if self.live_count <= 1 else 16 if self.live_count <= 4 else 4
+    # Fewer would mean a signal for every few requests, more a turn of over a millisecond.
+    self.share = 64 if self.live_count <= 1 else 16 if self.live_count <= 64 else 4
     self.lists_stale = False
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import itertools
 import os
+import random
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -449,10 +451,46 @@ def test_VQ_30_every_queue_is_served_in_one_turn_of_many() -> None:
             drivers.append(Split(memory, 64))
             rig.start(i, drivers[-1])
         for q in drivers:
-            for _ in range(16):
+            for _ in range(20):
                 q.submit(rig.request(FLUSH).chain)
         rig.device.process(64)
+        assert all(len(q.completed()) == 16 for q in drivers)
+        rig.device.process(64)
         assert all(len(q.completed()) == 4 for q in drivers)
-        for _ in range(3):
+
+
+@pytest.mark.parametrize("layout", [Split, Packed])
+def test_VQ_16_17_a_driver_that_scribbles_while_we_read_does_no_harm(layout: type) -> None:
+    """A second thread rewrites ring and tables as fast as it can; the device serves without the GIL meanwhile."""
+    seed = random.randrange(2**32)
+    print("seed", seed)
+    rng = random.Random(seed)
+    stop = threading.Event()
+    with BlkRig(layout, num=16) as rig:
+        requests = [rig.request(IN, 8, in_size=4096) for _ in range(8)]
+        tables = [rig.queue.indirect(request.chain, packed=rig.queue.packed) for request in requests]
+        ring_bytes = rig.memory.read(rig.queue.desc, 16 * rig.queue.num)
+
+        def scribble() -> None:
+            while not stop.is_set():
+                at = rng.choice([table.addr for table in tables] + [rig.queue.desc])
+                rig.memory.write(at + rng.randrange(48), rng.randbytes(rng.choice([1, 2, 4, 8])))
+
+        thread = threading.Thread(target=scribble)
+        thread.start()
+        for _ in range(300):
+            if rig.device.broken(0):
+                rig.device.vring_get_base(0)
+                rig.memory.write(rig.queue.desc, ring_bytes)
+                rig.queue = layout(rig.memory, 16)
+                rig.start()
+            for table in tables[: len(rig.queue.free)]:
+                rig.queue.submit([table])
             rig.device.process(64)
-        assert all(len(q.completed()) == 12 for q in drivers)
+        stop.set()
+        thread.join()
+        fresh = layout(rig.memory, 16)
+        rig.device.vring_get_base(0)
+        rig.queue = fresh
+        rig.start()
+        assert rig.run(rig.request(FLUSH)) == OK
