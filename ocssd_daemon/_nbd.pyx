@@ -3,7 +3,7 @@
 """The facade of NBD's transmission phase: arguments, the tables of commands and contexts, start and stop.
 
 What a request does is in ``native/nbdconn.pxd``, its bytes in ``native/nbdwire.pxd``. A connection is a source of the
-reactor from ``start`` to ``stop``; in between the reactor's thread owns its state, and both calls take the reactor's lock.
+reactor from ``start`` to ``stop``; in between the reactor's thread owns its state, and both calls take its lock.
 """
 
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
@@ -69,10 +69,10 @@ cdef class NbdStats:
 
 
 cdef class NbdConnection:
-    """The transmission phase on the socket *fd*, which stays the caller's and must stay open until ``stop`` has returned.
+    """The transmission phase on the socket *fd*, which stays the caller's and must be open until ``stop`` has returned.
 
-    *flags* are the transmission flags that the client was told, *context_ids* the contexts that it chose, *leftover* what
-    it sent behind the last option. When the connection ends, the reactor reports (*token*, a key of ``ENDS``).
+    *flags* are the transmission flags that the client was told, *context_ids* the contexts that it chose, *leftover*
+    what it sent behind the last option. When the connection ends, the reactor reports (*token*, a key of ``ENDS``).
     """
 
     cdef nbd_conn_t c
@@ -189,7 +189,8 @@ def encode_simple(uint64_t cookie, uint32_t error):
     return reply[:NBD_SIMPLE_REPLY_BYTES]
 
 
-def encode_chunk(str mode, uint64_t cookie, uint64_t offset_bytes, uint16_t flags, uint16_t type, uint64_t length_bytes):
+def encode_chunk(str mode, uint64_t cookie, uint64_t offset_bytes, uint16_t flags, uint16_t type,
+                 uint64_t length_bytes):
     """Header of a structured or extended reply chunk."""
     cdef char reply[NBD_REPLY_MAX_BYTES]
     cdef nbd_request_t request

@@ -1,13 +1,13 @@
 """Owns the NBD transmission phase of one connection: requests in, replies out, as a source of the reactor.
 
-Spec: NBD ``doc/proto.md`` "Transmission"; extension-ext-header. Offsets and lengths are bytes, deadlines CLOCK_MONOTONIC
-nanoseconds. Negotiation is over before this starts; what was agreed is ``mode``, ``flags`` and ``contexts``.
+Spec: NBD ``doc/proto.md`` "Transmission"; extension-ext-header. Offsets and lengths are bytes, deadlines nanoseconds
+of CLOCK_MONOTONIC. Negotiation is over before this starts; what was agreed is ``mode``, ``flags`` and ``contexts``.
 
-One request at a time is *the operation*: decoded once from the receive buffer, checked as a whole (``op_refusal``), then
-done in steps by the function that ``handlers`` names for it. A step is bounded, so a trim of the whole device, or a write
-whose payload is still under way, leaves the loop to others in between. What a client can make us hold is bounded: one
-receive buffer, OUT_LIMIT_BYTES + one reply not read by it, HELD_LIMIT replies waiting for the flash's deadline; at these
-limits nothing more is read from its socket.
+One request at a time is *the operation*: decoded once from the receive buffer, checked as a whole (``op_check``), then
+done in steps by the function that ``handlers`` names for it. A step is bounded, so a trim of the whole device, or a
+write whose payload is still under way, leaves the loop to others in between. What a client can make us hold is bounded
+too: one receive buffer, OUT_LIMIT_BYTES and one reply that it does not read, HELD_LIMIT replies waiting for the flash's
+deadline; at these limits nothing more is read from its socket.
 
 Payloads of writes go to the disk from the receive buffer as they arrive, in whole sectors. That is one copy more than
 receiving into a buffer of their own would be for the kernel, but the pieces are still in the cache when the disk copies
@@ -323,7 +323,8 @@ cdef inline void op_check(nbd_conn_t *c, op_t *op) noexcept nogil:
         op_fail(op, NBD_EINVAL, b"unknown command")
         return
     rule = &nbd_rules[op.request.type]
-    if op.request.flags & ~((rule.command_flags | NBD_CMD_FLAG_FUA) & c.command_flags) and op.request.type != NBD_CMD_DISC:
+    if op.request.type != NBD_CMD_DISC and op.request.flags & ~(
+            (rule.command_flags | NBD_CMD_FLAG_FUA) & c.command_flags):
         op_fail(op, NBD_EINVAL, b"command flag not valid here")
     elif c.shutting_down:
         op_fail(op, NBD_ESHUTDOWN, b"the server is shutting down")

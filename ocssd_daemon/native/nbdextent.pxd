@@ -2,9 +2,9 @@
 
 ``base:allocation``: bit 0 hole, bit 1 reads as zeroes. Spec: "The ``base:`` namespace".
 
-``x-ocssd:chunk-state``: the state of the flash chunk that holds the data, with the values of the chunk information log
-(OCSSD 2.0, 2.3.2.1): 1 free, 2 closed, 4 open, 8 offline; 0 when nothing is mapped there. Data of which the write buffer has
-the only copy counts for the chunk that it is going to.
+``x-ocssd:chunk-state``: the state of the flash chunk that holds the data, with the values of the chunk information
+log (OCSSD 2.0, 2.3.2.1): 1 free, 2 closed, 4 open, 8 offline; 0 when nothing is mapped there. Data of which the write
+buffer has the only copy counts for the chunk that it is going to.
 """
 
 from libc.stdint cimport uint32_t, uint64_t
@@ -18,7 +18,8 @@ cdef enum:
     EXTENT_LOOK_BYTES = 1 << 18     # what one look costs besides, in the same currency
 
 # Flags of the extent at *offset_bytes*; *length_bytes* = how far they hold, at most to *end_bytes*.
-ctypedef uint64_t (*extents_t)(disk_t *disk, uint64_t offset_bytes, uint64_t end_bytes, uint64_t *length_bytes) noexcept nogil
+ctypedef uint64_t (*extents_t)(disk_t *disk, uint64_t offset_bytes, uint64_t end_bytes,
+                               uint64_t *length_bytes) noexcept nogil
 
 
 cdef inline uint64_t extent_allocation(disk_t *disk, uint64_t offset_bytes, uint64_t end_bytes,
