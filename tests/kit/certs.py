@@ -40,10 +40,11 @@ class Authority:
         request = [openssl, "req", "-new", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
         request += ["-subj", f"/CN={name}", "-keyout", pair.key]
         if issuer is None:
-            _run([*request, "-x509", "-days", "30", "-out", pair.certificate])
+            usage = "keyUsage=critical,keyCertSign,cRLSign"  # Python 3.13 insists
+            _run([*request, "-x509", "-days", "30", "-out", pair.certificate, "-addext", usage])
             return pair
         request_file, extensions = f"{base}.csr", f"{base}.ext"
-        Path(extensions).write_text("subjectAltName=DNS:localhost,IP:127.0.0.1\n")
+        Path(extensions).write_text("subjectAltName=DNS:localhost,IP:127.0.0.1\nauthorityKeyIdentifier=keyid\n")
         _run([*request, "-out", request_file])
         sign = [openssl, "x509", "-req", "-in", request_file, "-extfile", extensions, "-out", pair.certificate]
         sign += ["-CA", issuer.certificate, "-CAkey", issuer.key, "-CAcreateserial"]
