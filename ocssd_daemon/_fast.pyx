@@ -26,7 +26,7 @@ from ocssd_daemon.native.ftl cimport (
 )
 from ocssd_daemon.native.gc cimport ftl_commit, ftl_slot, recount_spare, spare_lines
 from ocssd_daemon.native.media cimport (
-    CHUNK_FAIL_RESET, CHUNK_FAIL_WRITE, CHUNK_OPEN, MEDIA_EARLY_RESET, MEDIA_MULTI_RESET, MEDIA_OK,
+    CHUNK_FAIL_RESET, CHUNK_FAIL_WRITE, CHUNK_OPEN, MEDIA_EARLY_RESET, MEDIA_HIGH_ECC, MEDIA_MULTI_RESET, MEDIA_OK,
     chunk_t, media_copy, media_read, media_readable, media_reset, media_write,
 )
 from ocssd_daemon.native.reactor cimport (
@@ -161,7 +161,7 @@ cdef class Media:
         cdef unsigned char[::1] d = data
         cdef unsigned char[::1] o = oob
         cdef int status = media_read(&self.m, ppa, <char *>&d[0], <char *>&o[0] if len(oob) else NULL)
-        return (status, bytes(data), bytes(oob)) if status == MEDIA_OK else (status, None, None)
+        return (status, bytes(data), bytes(oob)) if status in (MEDIA_OK, MEDIA_HIGH_ECC) else (status, None, None)
 
     def readable(self, uint64_t ppa):
         return bool(media_readable(&self.m, ppa))
@@ -383,6 +383,8 @@ cdef class Ftl:
             "chunks_erased": f.chunks_erased,
             "flushes": f.flushes,
             "recovered_sectors": f.recovered_sectors,
+            "lines_refreshed": f.lines_refreshed,
+            "read_failures": f.read_failures,
             "read_only": bool(f.read_only),
             "lines": {name: int(states[value]) for name, value in LINE_STATES.items()},
         }

@@ -2,7 +2,9 @@
 
 from libc.stdint cimport uint32_t
 
+from ocssd_daemon.native.faults cimport faults_t
 from ocssd_daemon.native.timing cimport timing_t
+from ocssd_daemon.native.wear cimport wear_t
 
 
 cdef class Timing:
@@ -10,3 +12,12 @@ cdef class Timing:
     cdef readonly object latency
     cdef readonly uint32_t total_pus
     cdef _copy_numbers(self)
+
+cdef class Faults:
+    cdef faults_t f
+    cdef dict texts
+    cdef uint32_t last_id
+
+cdef class Wear:
+    cdef wear_t w
+    cdef object noted

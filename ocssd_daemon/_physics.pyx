@@ -1,21 +1,26 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
 # cython: freethreading_compatible=True
-"""The facade of what real flash adds to the rules: time.
+"""The facade of what real flash adds to the rules: time, misfortune, age.
 
-``Timing`` is the state of ``native/timing.pxd``. A Media without one completes everything at once. Not thread-safe by
-itself: while a Reactor runs, use it inside ``reactor.paused()``.
+Each class is the state of one header of ``native/``. A Media without them completes everything at once, never fails and
+never ages. Not thread-safe by themselves: while a Reactor runs, use them inside ``reactor.paused()``.
 """
 
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
+
+import numpy as np
 
 from ocssd_daemon._fast cimport Media
+from ocssd_daemon.native.faults cimport RULES_MAX, TRIGGER_MAX, faults_t, rule_t
+from ocssd_daemon.native.media cimport media_age_ns
 from ocssd_daemon.native.sys cimport now_ns
 from ocssd_daemon.native.timing cimport (
     held_t, pu_time_t, timeline_cut_in, timeline_forget, timeline_reserve, timeline_t,
     timing_begin, timing_erase, timing_program, timing_sense, timing_t,
 )
+from ocssd_daemon.native.wear cimport NOTICES, wear_error_mean, wear_read, wear_t
 
 
 cdef uint64_t monotonic_ns() noexcept nogil:
@@ -151,3 +156,140 @@ def attach_timing(Media media, Timing timing, bint virtual=False):
         media.m.clock = monotonic_ns
     media.m.timing = &timing.t
     media.attached["timing"] = timing
+
+
+cdef class Faults:
+    """The rules of misfortune (``native/faults.pxd``) of one *geometry*, in order. Rules are ``nand.faults.Rule``."""
+
+    def __cinit__(self, geometry, uint64_t seed=0):
+        memset(&self.f, 0, sizeof(faults_t))
+        self.f.pus = geometry.pus
+        self.f.chunks = geometry.chunks
+        self.f.rng = (seed * 2 + 1) * 0x9e3779b97f4a7c15u | 1
+        self.texts = {}
+        self.last_id = 0
+
+    def add(self, rule):
+        """Append a rule. Returns its id. Raises ValueError when there are too many."""
+        cdef rule_t *r
+        if self.f.n == RULES_MAX:
+            raise ValueError(f"at most {RULES_MAX} fault rules")
+        path = rule.trigger.encode()
+        if len(path) >= TRIGGER_MAX:
+            raise ValueError(f"trigger path of {len(path)} bytes")
+        r = &self.f.rules[self.f.n]
+        memset(r, 0, sizeof(rule_t))
+        r.operations, r.action, r.amount = rule.operations, rule.action, rule.amount
+        r.group.first, r.group.last = rule.group
+        r.pu.first, r.pu.last = rule.pu
+        r.chunk.first, r.chunk.last = rule.chunk
+        r.sector.first, r.sector.last = rule.sector
+        r.chance_of_2_32 = <uint64_t>(rule.chance * 4294967296.0)
+        r.every, r.after, r.times = rule.every, rule.after, rule.times
+        memcpy(r.trigger, <const char *>path, len(path))
+        self.last_id += 1
+        r.id = self.last_id
+        self.texts[r.id] = rule.text
+        self.f.n += 1
+        return r.id
+
+    def remove(self, uint32_t rule_id):
+        """Take a rule out. Raises KeyError when there is none of that id."""
+        cdef uint32_t i, j
+        del self.texts[rule_id]
+        for i in range(self.f.n):
+            if self.f.rules[i].id == rule_id:
+                for j in range(i, self.f.n - 1):
+                    self.f.rules[j] = self.f.rules[j + 1]
+                self.f.n -= 1
+                return
+
+    def list(self):
+        """Rules in order: id, rule, seen (times its place and operation came up), hits."""
+        return [
+            {
+                "id": self.f.rules[i].id,
+                "rule": self.texts[self.f.rules[i].id],
+                "seen": self.f.rules[i].seen,
+                "hits": self.f.rules[i].hits,
+            }
+            for i in range(self.f.n)
+        ]
+
+
+def attach_faults(Media media, Faults faults):
+    """Let *media* meet *faults* (None: none)."""
+    media.m.faults = NULL if faults is None else &faults.f
+    media.attached["faults"] = faults
+
+
+cdef class Wear:
+    """How the flash of *geometry* ages (``native/wear.pxd``), with the numbers of *model* (``nand.wear.Model``)."""
+
+    def __cinit__(self, geometry, model, uint64_t retry_ns=0, uint64_t seed=0):
+        cdef wear_t *w = &self.w
+        memset(w, 0, sizeof(wear_t))
+        self.noted = np.zeros(geometry.total_chunks, np.uint8)
+        w.noted = <uint8_t *><size_t>self.noted.ctypes.data
+        w.fail_at_limit, w.rber, w.cycles_factor = model.fail_at_limit, model.rber, model.cycles_factor
+        w.retention_factor, w.disturb = model.retention_factor, model.disturb
+        w.retry_gain, w.notice_share = model.retry_gain, model.notice_share
+        w.sector_bits = 8.0 * geometry.sector_bytes
+        w.pe_limit, w.ecc_bits, w.retries = model.pe_limit, model.ecc_bits, model.retries
+        w.wear_delta = model.wear_delta
+        w.retry_ns = retry_ns
+        w.rng = (seed * 2 + 1) * 0x9e3779b97f4a7c15u | 1
+
+    def stats(self):
+        return {
+            "bits_corrected": self.w.bits_corrected,
+            "retried_reads": self.w.retried_reads,
+            "high_ecc_reads": self.w.high_ecc_reads,
+            "uncorrectable_reads": self.w.uncorrectable_reads,
+            "program_failures": self.w.program_failures,
+            "erase_failures": self.w.erase_failures,
+            "notices": self.w.noticed,
+        }
+
+    def error_mean(self, uint32_t cycles, uint32_t limit=0, uint32_t reads=0, double days=0):
+        """Expected raw bit errors of one sector."""
+        return wear_error_mean(&self.w, cycles, limit, reads, days)
+
+    def read(self, double mean):
+        """One read with *mean* expected errors: (outcome, retry levels). 0 good, 1 high ECC effort, 2 uncorrectable."""
+        return wear_read(&self.w, mean), self.w.levels
+
+    def notices(self, uint64_t since=0):
+        """What was noted after number *since*, as far as it is kept: (count, chunk, sector, state bits)."""
+        first = max(since, self.w.noticed - NOTICES if self.w.noticed > NOTICES else 0)
+        return [
+            (
+                self.w.notices[i % NOTICES].count,
+                self.w.notices[i % NOTICES].chunk,
+                self.w.notices[i % NOTICES].sector,
+                self.w.notices[i % NOTICES].state,
+            )
+            for i in range(first, self.w.noticed)
+        ]
+
+
+def attach_wear(Media media, Wear wear, uint64_t age_ns=0, bint virtual=False):
+    """Let the flash of *media* age (None: not); the drive is *age_ns* old now."""
+    if wear is None:
+        media.m.wear = NULL
+        media.attached.pop("wear", None)
+        return
+    if virtual:
+        media.m.clock = NULL
+        media.m.born_ns = media.m.now_ns
+    else:
+        media.m.clock = monotonic_ns
+        media.m.now_ns = media.m.born_ns = now_ns()
+    media.m.age_ns = age_ns
+    media.m.wear = &wear.w
+    media.attached["wear"] = wear
+
+
+def age_of(Media media):
+    """How old the drive is, in ns."""
+    return media_age_ns(&media.m)

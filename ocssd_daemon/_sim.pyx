@@ -19,8 +19,8 @@ import numpy as np
 from ocssd_daemon._fast cimport Disk
 from ocssd_daemon.native.disk cimport disk_harden, disk_t
 from ocssd_daemon.native.ftl cimport NO_PPA, ftl_sense, ftl_t, ftl_trim
-from ocssd_daemon.native.gc cimport ftl_commit, ftl_slot
-from ocssd_daemon.native.media cimport media_begin, media_done_ns
+from ocssd_daemon.native.gc cimport ftl_commit, ftl_read_fails, ftl_slot
+from ocssd_daemon.native.media cimport media_begin, media_done_ns, media_troubled
 
 cdef enum:
     OP_READ = 0
@@ -143,6 +143,7 @@ ctypedef struct host_t:
     uint32_t depth
     uint64_t now_ns
     uint64_t ios
+    uint64_t read_errors
     uint64_t refused            # writes that found no space: the disk has become read-only
     uint64_t *histogram[2]      # by OP_READ, OP_WRITE; NULL: do not record
     uint64_t max_ns[2]
@@ -185,8 +186,10 @@ cdef inline void host_read(host_t *h, uint32_t lba, uint32_t n) noexcept nogil:
     cdef ftl_t *f = h.disk.ftl
     cdef uint32_t i
     f.user_sectors_read += n
-    if f.media.timing != NULL:
-        for i in range(lba, lba + n):
+    for i in range(lba, lba + n):
+        if media_troubled(f.media) and ftl_read_fails(f, i):
+            h.read_errors += 1
+        if f.media.timing != NULL:
             ftl_sense(f, i)
 
 
@@ -349,6 +352,11 @@ cdef class Host:
     def now_ns(self):
         """When the last request was issued."""
         return self.h.now_ns
+
+    @property
+    def read_errors(self):
+        """Sectors that could not be read."""
+        return self.h.read_errors
 
     @property
     def ios(self):

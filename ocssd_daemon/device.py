@@ -16,13 +16,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ocssd_daemon._fast import Disk, Media, Reactor
-from ocssd_daemon._physics import Timing, attach_timing
+from ocssd_daemon import physics
+from ocssd_daemon._fast import Disk, Ftl, Media, Reactor
 from ocssd_daemon.ftl.ownership import owned_pus
 from ocssd_daemon.ftl.target import Target, open_target
 from ocssd_daemon.log import kv
 from ocssd_daemon.nand.store import Store, boot_id, open_file, open_ram
-from ocssd_daemon.settings import Settings, SettingsError, latency_of, names_geometry
+from ocssd_daemon.settings import Settings, SettingsError, names_geometry
 
 log = logging.getLogger(__name__)
 
@@ -52,16 +52,17 @@ class Device:
         self.geometry = self.store.geometry
         try:
             owned = _owned_pus(settings, self.geometry.total_pus)
+            fresh = self.store.is_fresh
+            _before_use(settings, self.store)
             self.target = _open_target(settings, named, self.store, owned) if owned else None
             self.media = self.target.media if self.target else _open_media(settings, self.store)
-            self.timing = _open_timing(settings, self.store)
+            self.ftl = self.target.ftl if self.target else None
+            self.physics = _physics(settings, self.store, self.media, self.ftl, fresh, clock == "virtual")
         except BaseException:
             self.store.close()
             raise
-        self.ftl = self.target.ftl if self.target else None
         self.ftl_owns = np.zeros(self.geometry.total_pus, np.uint8)
         self.ftl_owns[owned] = 1
-        attach_timing(self.media, self.timing, virtual=clock == "virtual")
         self.reactor = Reactor(settings.reactor.poll_us)
         self._transports: dict[str, Callable[[], Counters]] = {}
         self._reports: dict[int, Callable[[int], None]] = {}
@@ -153,7 +154,7 @@ class Device:
         """Every counter, by part; names are the same everywhere."""
         with self.reactor.paused():
             parts = {part: getattr(self, part).stats() for part in ("ftl", "media", "reactor") if getattr(self, part)}
-            parts["latency"] = self.timing.stats() if self.timing else {}
+            parts["physics"] = self.physics.stats()
         # Outside: transports take the reactor's lock for their own counters, and it is not recursive.
         transports = {name: dict(stats()) for name, stats in self._transports.items()}
         return {"ftl": {}, **parts, "transports": transports}
@@ -204,9 +205,17 @@ def _open_target(settings: Settings, named: frozenset[str], store: Store, owned:
         raise DeviceError(str(error)) from None
 
 
-def _open_timing(settings: Settings, store: Store) -> Timing | None:
+def _before_use(settings: Settings, store: Store) -> None:
     try:
-        latency = latency_of(settings, store.geometry)
-    except SettingsError as error:
+        physics.before_use(settings, store)
+    except physics.PhysicsError as error:
         raise DeviceError(str(error)) from None
-    return Timing(store.geometry, latency) if latency else None
+
+
+def _physics(
+    settings: Settings, store: Store, media: Media, ftl: Ftl | None, fresh: bool, virtual: bool
+) -> physics.Physics:
+    try:
+        return physics.attach(settings, store, media, ftl, fresh, virtual)
+    except (physics.PhysicsError, SettingsError) as error:
+        raise DeviceError(str(error)) from None

@@ -24,6 +24,7 @@ from msgspec import UNSET, Meta
 
 from ocssd_daemon.nand.geometry import Geometry, GeometryError, validate
 from ocssd_daemon.nand.latency import Latency, LatencyError, resolve
+from ocssd_daemon.nand.wear import Model
 
 KIB = 1024
 SIZE_RULE = "a size such as 512M or 4G"
@@ -96,6 +97,18 @@ class LatencySettings(Section, frozen=True):
     planes: Annotated[int | None, _text("planes of a PU; default: geometry.ws_opt / page_sectors")] = None
     suspend: Annotated[bool | None, _text("a read interrupts a program or an erase")] = None
     suspend_ns: Annotated[int | None, _text("what such an interruption costs")] = None
+
+
+class FaultSettings(Section, frozen=True):
+    """What goes wrong on purpose; docs/faults.md has the language."""
+
+    rules: Annotated[tuple[str, ...], _text("fault rules, such as: on=write chunk=5 do=fail p=0.01")] = ()
+    file: Annotated[str | None, _text("file of fault rules, one a line")] = None
+    bad: Annotated[
+        str | None, _text("factory bad chunks of fresh flash: a number, a percentage, or GROUP/PU/CHUNK,...")
+    ] = None
+    bad_table: Annotated[str | None, _text("bad-block table file: one byte per block, 0 is good")] = None
+    chunk_states: Annotated[str | None, _text("chunk state file for fresh flash")] = None
 
 
 class ReactorSettings(Section, frozen=True):
@@ -187,7 +200,12 @@ class Settings(Section, frozen=True):
     seed: Annotated[int, _int(0, (1 << 63) - 1, "seed of everything random")] = 0
     geometry: Geometry = Geometry()
     ftl: FtlSettings = FtlSettings()
+    age: Annotated[
+        str | None, _text("a used drive instead of a fresh one: life=90%,fill=80%,retention=180d,seed=7")
+    ] = None
     latency: LatencySettings = LatencySettings()
+    wear: Model = Model()
+    faults: FaultSettings = FaultSettings()
     reactor: ReactorSettings = ReactorSettings()
     vhost: VhostSettings = VhostSettings()
     nbd: NbdSettings = NbdSettings()

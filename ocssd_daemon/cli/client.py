@@ -20,7 +20,9 @@ import click
 import msgspec
 
 from ocssd_daemon import __version__
+from ocssd_daemon.cli.fault import fault
 from ocssd_daemon.cli.simulate import simulate
+from ocssd_daemon.cli.sweep import sweep
 from ocssd_daemon.control import schema
 
 ANSWER_S = 10.0
@@ -74,7 +76,8 @@ def _is_live(path: str) -> bool:
         return sock.connect_ex(path) == 0
 
 
-def _find(named: str | None) -> str:
+def find(named: str | None) -> str:
+    """The control socket to use. Raises CallError when it is not clear which."""
     if named:
         return named
     found = control_paths()
@@ -123,7 +126,7 @@ def _cell(value: Any) -> str:
 @click.version_option(__version__, prog_name="ocssd")
 @click.pass_context
 def main(context: click.Context, control: str | None) -> None:
-    """Ask a running ocssd-daemon."""
+    """Ask a running ocssd-daemon, or simulate one."""
     context.obj = control
 
 
@@ -132,14 +135,15 @@ def _plain_command(method: str) -> None:
     @click.option("-o", "--output", type=click.Choice(["text", "json"]), default="text", help="Form of the output.")
     @click.pass_obj
     def command(control: str | None, output: str) -> None:
-        _show(call(_find(control), method), output)
+        _show(call(find(control), method), output)
 
 
 for _method in ("info", "stats"):
     _plain_command(_method)
 
 
-main.add_command(simulate)
+for _command in (fault, simulate, sweep):
+    main.add_command(_command)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ SHORT_FORMS = {
     "store": "store",
     "size": "size",
     "durability": "durability",
+    "age": "age",
     "read_only": "read_only",
     "insecure": "nbd.insecure",
 }
@@ -92,6 +93,7 @@ def _print_capabilities(context: click.Context, parameter: click.Parameter, want
 @click.option("--preset", default="default", metavar="NAME", help=f"Start from: {', '.join(sets.PRESETS)}.")
 @click.option("--config", metavar="FILE", help="Settings in TOML.")
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="One setting. Repeatable.")
+@click.option("--age", metavar="life=90%,fill=80%,...", help="A used drive: life, fill, retention (180d), seed.")
 @click.option("--durability", metavar="process|host", help="What a FLUSH survives; host: also a crash of this machine.")
 @click.option("--read-only", is_flag=True, help="Refuse every write.")
 @click.option("--insecure", is_flag=True, help="Allow NBD over TCP without TLS on an address that is not loopback.")

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from ocssd_daemon import __version__
-from ocssd_daemon.control import schema
+from ocssd_daemon.control import faults, schema
 from ocssd_daemon.control.server import Handler
 from ocssd_daemon.device import Device
 
@@ -37,6 +37,6 @@ def handlers(device: Device, addresses: Callable[[], list[str]]) -> dict[str, Ha
     def stats(params: schema.NoParams) -> schema.Stats:
         return schema.Stats(**device.stats())
 
-    table: dict[str, Callable[[Any], msgspec.Struct]] = {"info": info, "stats": stats}
+    table: dict[str, Callable[[Any], msgspec.Struct]] = {"info": info, "stats": stats, **faults.handlers(device)}
     assert table.keys() == schema.METHODS.keys()
     return table

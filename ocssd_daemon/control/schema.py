@@ -83,7 +83,7 @@ class Stats(msgspec.Struct, frozen=True):
 
     ftl: Annotated[dict[str, Any], Meta(description="user, moved and programmed sectors, waf, lines, stalls")]
     media: Annotated[dict[str, Any], Meta(description="operations on the flash and their failures")]
-    latency: Annotated[dict[str, Any], Meta(description="the latency model: operations, busy time, write buffer")]
+    physics: Annotated[dict[str, Any], Meta(description="latency model, wear, hits of fault rules")]
     reactor: Annotated[dict[str, Any], Meta(description="the loop: turns, sleeps, lateness of completions")]
     transports: Annotated[dict[str, dict[str, Any]], Meta(description="requests, errors, bytes of each")]
 
@@ -96,7 +96,36 @@ class Method(NamedTuple):
     effect: str
 
 
+class FaultAdd(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A rule to add."""
+
+    rule: Annotated[str, Meta(description="such as: on=write chunk=5 do=fail p=0.01")]
+
+
+class FaultId(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One rule by its number."""
+
+    id: Annotated[int, Meta(description="the rule's number", ge=1)]
+
+
+class FaultImport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A file of faults, read by the daemon."""
+
+    kind: Annotated[Literal["resetfail", "writefail", "chunkstate", "bbtable", "rules"], Meta(description="its format")]
+    path: Annotated[str, Meta(description="the file, as the daemon sees it")]
+
+
+class FaultRules(msgspec.Struct, frozen=True):
+    """All rules in the order in which they are asked: id, rule, seen, hits."""
+
+    rules: Annotated[list[dict[str, Any]], Meta(description="id, rule, seen (times it was asked), hits")]
+
+
 METHODS: dict[str, Method] = {
     "info": Method(NoParams, Info, "What is running: version, geometry, disk, addresses."),
     "stats": Method(NoParams, Stats, "Counters of the FTL, the flash, the reactor and each transport."),
+    "fault.list": Method(NoParams, FaultRules, "Fault rules and how often they struck."),
+    "fault.add": Method(FaultAdd, FaultRules, "Add a fault rule."),
+    "fault.remove": Method(FaultId, FaultRules, "Take a fault rule out."),
+    "fault.import": Method(FaultImport, FaultRules, "Take fault rules, or chunks to fail, from a file."),
 }

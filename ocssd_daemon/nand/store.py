@@ -109,6 +109,11 @@ class Store:
     def geometry(self) -> Geometry:
         return self.superblock.geometry
 
+    @property
+    def is_fresh(self) -> bool:
+        """Nothing has run on it yet."""
+        return self.superblock.capacity_sectors == 0 and not self.superblock.boot_id
+
     def format_chunks(self) -> None:
         """Every chunk FREE and sequential; nothing else of a fresh image needs to be written."""
         self.chunks["type"] = CHUNK_SEQUENTIAL

@@ -11,8 +11,8 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
 from ocssd_daemon.native.ftl cimport NO_PPA, ftl_lookup, ftl_program_buffers, ftl_sense, ftl_t, ftl_trim
-from ocssd_daemon.native.gc cimport ftl_commit, ftl_slot, host_sync
-from ocssd_daemon.native.media cimport media_begin, media_data, media_done_ns
+from ocssd_daemon.native.gc cimport ftl_commit, ftl_read_fails, ftl_slot, host_sync
+from ocssd_daemon.native.media cimport media_begin, media_data, media_done_ns, media_troubled
 from ocssd_daemon.native.sys cimport iovec, prefetch
 from ocssd_daemon.native.timing cimport timing_wait
 
@@ -126,6 +126,8 @@ cdef inline int disk_read(disk_t *d, uint64_t offset, const iovec *iov, int iovc
     while length:
         within = offset & (d.sector_bytes - 1)
         n = <uint32_t>min(<uint64_t>(d.sector_bytes - within), length)
+        if media_troubled(d.ftl.media) and ftl_read_fails(d.ftl, <uint32_t>(offset >> d.sector_shift)):
+            return disk_end(d, EIO)
         sector = ftl_lookup(d.ftl, <uint32_t>(offset >> d.sector_shift))
         scatter(&c, sector + within if sector != NULL else NULL, n)
         if d.ftl.media.timing != NULL:

@@ -21,7 +21,9 @@ from libc.string cimport memcpy
 from ocssd_daemon.native.sys cimport store_release_u64
 from ocssd_daemon.native.media cimport (
     CHUNK_FREE, CHUNK_OFFLINE, MEDIA_OK,
-    media_data, media_oob, media_program, media_sense, media_t, ppa_chunk, ppa_of, ppa_sector, store_reserve,
+    MEDIA_UNRECOVERED,
+    media_data, media_oob, media_program, media_read_trouble, media_sense, media_t, media_troubled, ppa_chunk, ppa_of,
+    ppa_sector, store_reserve,
 )
 from ocssd_daemon.native.timing cimport timing_admit, timing_hold, timing_t, timing_wait
 
@@ -71,6 +73,10 @@ cdef enum:                      # line states
     LINE_PENDING = 3            # collected; erased after the next host sync (durability host)
     LINE_DEAD = 4               # no good chunk left
 
+cdef enum:                      # line_failed
+    LINE_LOST_A_CHUNK = 1
+    LINE_TO_REFRESH = 2         # its data is hard to read: move it while that can be done
+
 cdef enum:                      # victim policies
     VICTIM_GREEDY = 0
     VICTIM_COST_BENEFIT = 1
@@ -103,7 +109,8 @@ ctypedef struct ftl_t:
     uint64_t *valid             # [total_chunks][words]
     uint32_t *line_valid        # [n_lines] valid sectors
     uint8_t *line_state         # [n_lines]
-    uint8_t *line_failed        # [n_lines] a chunk of it failed: collect first
+    uint8_t *line_failed        # [n_lines] collect first: LINE_LOST_A_CHUNK or LINE_TO_REFRESH
+    uint32_t refresh_lines      # closed lines to refresh
     uint32_t *line_erases       # [n_lines] mean P/E cycles of its chunks
     uint64_t *line_closed_seq   # [n_lines] age
     uint32_t free_lines
@@ -142,6 +149,8 @@ ctypedef struct ftl_t:
     uint64_t stalls             # writes that had to wait for a whole line to be collected
     uint64_t chunks_failed
     uint64_t chunks_erased
+    uint64_t lines_refreshed
+    uint64_t read_failures
     uint64_t flushes
     uint64_t recovered_sectors
 
@@ -250,7 +259,7 @@ cdef inline void frontier_advance(ftl_t *f, frontier_t *w) noexcept nogil:
 cdef inline void frontier_drop_chunk(ftl_t *f, frontier_t *w) noexcept nogil:
     """Take the current chunk, which has failed, out of the stripe; its line is to be collected first."""
     cdef uint32_t i
-    f.line_failed[w.line] = 1
+    f.line_failed[w.line] = LINE_LOST_A_CHUNK
     f.chunks_failed += 1
     w.n_chunks -= 1
     for i in range(w.turn, w.n_chunks):
@@ -342,6 +351,8 @@ cdef inline bint move_sector(ftl_t *f, frontier_t *w, uint32_t ppa) noexcept nog
     target = w.ppa + w.fill
     if f.media.data != NULL:
         memcpy(media_data(f.media, target), media_data(f.media, ppa), f.media.geometry.sector_bytes)
+    if media_troubled(f.media) and media_read_trouble(f.media, ppa) == MEDIA_UNRECOVERED:
+        f.read_failures += 1
     if f.media.timing != NULL:
         w.ready_ns = max(w.ready_ns, media_sense(f.media, ppa, f.media.timing.admitted_ns, True))
     seq = next_seq(f)
@@ -377,13 +388,26 @@ cdef inline bint in_unit(const frontier_t *w, uint32_t ppa) noexcept nogil:
     return w.line != <uint32_t>NO_LINE and w.ppa <= ppa < w.ppa + w.fill
 
 
+cdef inline bint in_buffer(const ftl_t *f, uint32_t ppa) noexcept nogil:
+    return in_unit(&f.user, ppa) or in_unit(&f.gc, ppa)
+
+
+cdef inline bint ftl_unreadable(ftl_t *f, uint32_t lba) noexcept nogil:
+    """Does the read of *lba* fail? Call it only when ``media_troubled``."""
+    cdef uint32_t ppa = l2p_get(f, lba)
+    if ppa == <uint32_t>NO_PPA or in_buffer(f, ppa) or media_read_trouble(f.media, ppa) != MEDIA_UNRECOVERED:
+        return False
+    f.read_failures += 1
+    return True
+
+
 cdef inline void ftl_sense(ftl_t *f, uint32_t lba) noexcept nogil:
     """Time of reading *lba*: none when it is unmapped, the buffer's while its unit is open. Call it only with a timing."""
     cdef uint32_t ppa = l2p_get(f, lba)
     cdef timing_t *t = f.media.timing
     if ppa == <uint32_t>NO_PPA:
         return
-    if in_unit(&f.user, ppa) or in_unit(&f.gc, ppa):
+    if in_buffer(f, ppa):
         timing_wait(t, t.now_ns + t.controller_ns + t.buffer_ns)
     else:
         timing_wait(t, media_sense(f.media, ppa, 0, False))

@@ -14,10 +14,16 @@ from ocssd_daemon.native.ftl cimport (
     commit_user,
     LINE_CLOSED, LINE_DEAD, LINE_FREE, LINE_PENDING, NO_LINE, NO_PPA,
     VICTIM_COST_BENEFIT, VICTIM_D_CHOICES, VICTIM_FIFO, VICTIM_GREEDY, VICTIM_RANDOM,
-    ctz64, frontier_open, ftl_t, line_chunk, move_sector,
+    LINE_LOST_A_CHUNK, LINE_OPEN, LINE_TO_REFRESH, ctz64, frontier_close, frontier_flush, frontier_open, frontier_t,
+    ftl_unreadable, ftl_t, line_chunk, move_sector,
 )
-from ocssd_daemon.native.media cimport CHUNK_FREE, CHUNK_OFFLINE, MEDIA_OK, media_data, media_erase, ppa_of
+from ocssd_daemon.native.media cimport (
+    CHUNK_FAIL_RESET, CHUNK_FREE, CHUNK_OFFLINE, CHUNK_OPEN, MEDIA_OK,
+    chunk_close_early, chunk_t, media_data, media_erase, ppa_of,
+)
 from ocssd_daemon.native.sys cimport prefetch
+
+from ocssd_daemon.native.wear cimport NOTICE_HIGH_ERRORS, NOTICE_UNRECOVERABLE, NOTICES, wear_t
 
 cdef extern from "errno.h" nogil:
     int errno
@@ -78,6 +84,31 @@ cdef inline uint32_t emptiest_line(const ftl_t *f) noexcept nogil:
     return best
 
 
+cdef inline uint32_t line_good_sectors(const ftl_t *f, uint32_t line) noexcept nogil:
+    """What the line will hold once it is erased."""
+    cdef uint32_t pu, good = 0
+    cdef const chunk_t *c
+    for pu in range(f.n_pus):
+        c = &f.media.chunks[line_chunk(f, line, pu)]
+        good += c.state != CHUNK_OFFLINE and not c.flags & CHUNK_FAIL_RESET
+    return good * f.media.geometry.sectors
+
+
+cdef inline uint32_t most_garbage_line(const ftl_t *f) noexcept nogil:
+    """The line that gives the most space. With short lines that need not be the emptiest one."""
+    cdef uint32_t line, good, best = NO_LINE
+    cdef uint32_t gain, best_gain = 0
+    for line in range(f.n_lines):
+        if f.line_state[line] != LINE_CLOSED:
+            continue
+        good = line_good_sectors(f, line)
+        gain = good - f.line_valid[line] if good > f.line_valid[line] else 0
+        if gain > best_gain:
+            best = line
+            best_gain = gain
+    return best if best != <uint32_t>NO_LINE else emptiest_line(f)
+
+
 cdef inline uint32_t sampled_victim(ftl_t *f, uint32_t samples) noexcept nogil:
     """The emptiest of *samples* CLOSED lines drawn at random (d-choices; one sample is a random victim)."""
     cdef uint32_t line, best = NO_LINE, drawn = 0, tries = 0
@@ -109,6 +140,10 @@ cdef inline uint32_t coldest_line(ftl_t *f) noexcept nogil:
     return coldest
 
 
+cdef inline uint32_t urgent_victim(const ftl_t *f) noexcept nogil:
+    return most_garbage_line(f) if f.short_lines else emptiest_line(f)
+
+
 cdef inline uint32_t policy_victim(ftl_t *f) noexcept nogil:
     if f.policy == VICTIM_GREEDY:
         return emptiest_line(f)
@@ -119,12 +154,23 @@ cdef inline uint32_t policy_victim(ftl_t *f) noexcept nogil:
     return best_victim(f, f.policy)
 
 
+cdef inline uint32_t line_to_refresh(const ftl_t *f) noexcept nogil:
+    cdef uint32_t line
+    for line in range(f.n_lines):
+        if f.line_state[line] == LINE_CLOSED and f.line_failed[line] == LINE_TO_REFRESH:
+            return line
+    return NO_LINE
+
+
 cdef inline void start_victim(ftl_t *f, uint32_t line) noexcept nogil:
     cdef uint32_t total = f.n_pus * f.media.geometry.sectors
     f.victim = line
     f.cursor = 0
     f.credit = 0
     f.gc_runs += 1
+    if f.line_failed[line] == LINE_TO_REFRESH:
+        f.refresh_lines -= 1
+        f.lines_refreshed += 1
     f.rate_moved = f.line_valid[line]
     f.rate_user = max(<uint32_t>1, max(total - f.line_valid[line], f.line_valid[line] // RATE_CAP))
 
@@ -132,11 +178,14 @@ cdef inline void start_victim(ftl_t *f, uint32_t line) noexcept nogil:
 cdef inline bint pick_victim(ftl_t *f, bint urgent) noexcept nogil:
     """Start on the next victim. *urgent*: the emptiest, whatever the policy. Returns 0 when there is none."""
     cdef uint32_t line = NO_LINE if urgent else coldest_line(f)
+    if f.refresh_lines and not urgent:
+        start_victim(f, line_to_refresh(f))
+        return True
     if line != <uint32_t>NO_LINE:
         f.victims_since_levelling = 0
         f.wear_runs += 1
     else:
-        line = emptiest_line(f) if urgent else policy_victim(f)
+        line = urgent_victim(f) if urgent else policy_victim(f)
         f.victims_since_levelling += 1
     if line == <uint32_t>NO_LINE:
         return False
@@ -181,7 +230,8 @@ cdef inline uint32_t spare_lines(const ftl_t *f) noexcept nogil:
 
 
 cdef inline void erase_line(ftl_t *f, uint32_t line) noexcept nogil:
-    cdef uint32_t pu, chunk, lost = 0
+    cdef uint32_t pu, chunk
+    cdef uint32_t lost = f.line_failed[line] == LINE_LOST_A_CHUNK
     for pu in range(f.n_pus):
         chunk = line_chunk(f, line, pu)
         if f.media.chunks[chunk].state & (CHUNK_FREE | CHUNK_OFFLINE):
@@ -263,6 +313,51 @@ cdef inline bint gc_step(ftl_t *f, uint32_t budget, bint urgent) noexcept nogil:
     return True
 
 
+# --- what the flash reports ---------------------------------------------------------------------------------------
+
+cdef inline void frontier_retire(ftl_t *f, frontier_t *w) noexcept nogil:
+    """Close the open line of *w* where it stands."""
+    cdef uint32_t i, line = w.line
+    frontier_flush(f, w)
+    if w.line != line:
+        return
+    for i in range(w.n_chunks):
+        if f.media.chunks[w.chunks[i]].state == CHUNK_OPEN:
+            chunk_close_early(f.media, w.chunks[i])
+    frontier_close(f, w)
+
+
+cdef inline void refresh_line_of(ftl_t *f, uint32_t chunk) noexcept nogil:
+    """Have the chunk's line moved elsewhere; an open line is closed for that."""
+    cdef uint32_t line = chunk % f.media.geometry.chunks
+    if f.line_state[line] == LINE_OPEN:
+        frontier_retire(f, &f.user if f.user.line == line else &f.gc)
+    if f.line_state[line] == LINE_CLOSED and f.line_failed[line] == 0 and line != f.victim:
+        f.line_failed[line] = LINE_TO_REFRESH
+        f.refresh_lines += 1
+
+
+cdef inline void take_notices(ftl_t *f) noexcept nogil:
+    """React to what the flash noted since the last time: lines that are hard to read are moved elsewhere."""
+    cdef wear_t *w = f.media.wear
+    if w.noticed - w.taken > NOTICES:
+        w.taken = w.noticed - NOTICES
+    while w.taken < w.noticed:
+        if w.notices[w.taken % NOTICES].state & (NOTICE_HIGH_ERRORS | NOTICE_UNRECOVERABLE):
+            refresh_line_of(f, w.notices[w.taken % NOTICES].chunk)
+        w.taken += 1
+
+
+cdef inline bint ftl_read_fails(ftl_t *f, uint32_t lba) noexcept nogil:
+    """``ftl_unreadable``, and the work that the read leads to. Call it only when ``media_troubled``."""
+    cdef bint failed = ftl_unreadable(f, lba)
+    if f.media.wear != NULL and f.media.wear.noticed != f.media.wear.taken:
+        take_notices(f)
+    if f.free_lines > keep_lines(f) and (f.refresh_lines or f.victim != <uint32_t>NO_LINE and f.line_failed[f.victim]):
+        gc_step(f, f.unit, False)
+    return failed
+
+
 # --- pacing -------------------------------------------------------------------------------------------------------
 
 cdef inline uint32_t keep_lines(const ftl_t *f) noexcept nogil:
@@ -273,7 +368,7 @@ cdef inline uint32_t keep_lines(const ftl_t *f) noexcept nogil:
 cdef inline void gc_pace(ftl_t *f, uint32_t user_sectors) noexcept nogil:
     """Pay for *user_sectors* just written."""
     cdef uint32_t due
-    if f.free_lines > f.reserve_lines:
+    if f.free_lines > f.reserve_lines and f.refresh_lines == 0:
         return
     if f.victim == <uint32_t>NO_LINE and not pick_victim(f, False):
         return
@@ -322,10 +417,18 @@ cdef inline bint make_room(ftl_t *f) noexcept nogil:
     return f.user.line != <uint32_t>NO_LINE or frontier_open(f, &f.user)
 
 
+cdef inline void out_of_space(ftl_t *f, uint64_t store_full) noexcept nogil:
+    """No room could be made: unless the host's disk is what is full, that is for good."""
+    if f.media.store_full == store_full:
+        f.read_only = 1
+
+
 cdef inline uint32_t ftl_slot(ftl_t *f) noexcept nogil:
     """Where the next user sector goes: copy its data there, then ``ftl_commit``. NO_PPA: no space can be made."""
+    cdef uint64_t store_full = f.media.store_full
     if f.user.line == <uint32_t>NO_LINE or (f.free_lines < keep_lines(f) and f.moved == &f.user):
         if not make_room(f):
+            out_of_space(f, store_full)
             return NO_PPA
     return f.user.ppa + f.user.fill
 

@@ -14,8 +14,16 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
 from ocssd_daemon.native.sys cimport store_release_u64
+from ocssd_daemon.native.faults cimport (
+    FAULT_CORRUPT, FAULT_OFFLINE, FAULT_POWER_CUT, FAULT_READ, FAULT_RESET, FAULT_TORN, FAULT_WRITE,
+    fault_random, faults_ask, faults_t, rule_t,
+)
 from ocssd_daemon.native.timing cimport (
-    timing_begin, timing_erase, timing_program, timing_sense, timing_t, timing_wait,
+    timing_begin, timing_delay, timing_erase, timing_program, timing_sense, timing_t, timing_wait,
+)
+from ocssd_daemon.native.wear cimport (
+    NOTICE_HIGH_ERRORS, NOTICE_UNRECOVERABLE, NOTICE_WEAR, READ_GOOD, READ_UNCORRECTABLE,
+    wear_error_mean, wear_fails, wear_note, wear_read, wear_t,
 )
 
 
@@ -30,6 +38,7 @@ cdef enum:                      # chunk states and types: the values of the chun
 cdef enum:                      # chunk_t.flags: armed faults
     CHUNK_FAIL_WRITE = 1        # the next program fails and closes the chunk early
     CHUNK_FAIL_RESET = 2        # the next reset fails and takes the chunk offline
+    CHUNK_DIES = 4              # with FAIL_WRITE: the chunk goes offline at once
 
 cdef enum:                      # media_t.flags
     MEDIA_EARLY_RESET = 1       # an OPEN chunk may be reset (pblk needs it)
@@ -43,6 +52,7 @@ cdef enum:                      # NVMe status values
     MEDIA_UNWRITTEN = 0x287     # deallocated or unwritten logical block
     MEDIA_OFFLINE = 0x2c0
     MEDIA_INVALID_RESET = 0x2c1
+    MEDIA_HIGH_ECC = 0x2d0      # a warning: the data is valid
     MEDIA_WRITE_NEXT_UNIT = 0x2f0
     MEDIA_CHUNK_CLOSED_EARLY = 0x2f1
     MEDIA_OUT_OF_ORDER = 0x2f2
@@ -138,17 +148,23 @@ ctypedef struct media_t:
     timing_t *timing            # NULL: everything ends at once
     uint64_t ready_ns           # the next program or reset begins no earlier; it takes this back to 0
     uint64_t ended_ns           # when the last program or reset ends
+    uint64_t extra_ns           # the next sense takes longer by this; it takes it back to 0
+    faults_t *faults            # NULL: no rules
+    wear_t *wear                # NULL: flash that does not age
+    uint64_t born_ns            # time of the clock at which the drive was ``age_ns`` old
+    uint64_t age_ns
 
 
 # --- time ---------------------------------------------------------------------------------------------------------
 
 cdef inline void media_begin(media_t *m) noexcept nogil:
-    """A command begins: take the time. Costs one branch without a latency profile."""
-    if m.timing == NULL:
+    """A command begins: take the time. Costs a branch when nothing depends on it."""
+    if m.timing == NULL and m.wear == NULL:
         return
     if m.clock != NULL:
         m.now_ns = m.clock()
-    timing_begin(m.timing, m.now_ns)
+    if m.timing != NULL:
+        timing_begin(m.timing, m.now_ns)
 
 
 cdef inline void media_wait_ended(media_t *m) noexcept nogil:
@@ -248,6 +264,135 @@ cdef inline int store_reserve(media_t *m, uint32_t chunk) noexcept nogil:
     return MEDIA_OK
 
 
+cdef inline uint8_t wear_index_after(const chunk_t *c) noexcept nogil:
+    """With one P/E cycle more: 255 x used / limit, monotone. Spec: 2.0 chunk descriptor, WLI."""
+    if c.pe_limit == 0:
+        return 0
+    return <uint8_t>min(<uint64_t>255, 255 * (<uint64_t>c.pe_cycles + 1) // c.pe_limit)
+
+
+# --- misfortune: rules and wear -----------------------------------------------------------------------------------
+
+cdef extern from "signal.h" nogil:
+    int raise_signal "raise" (int)
+    int SIGKILL
+
+cdef inline bint media_troubled(const media_t *m) noexcept nogil:
+    return m.faults != NULL or m.wear != NULL
+
+
+cdef inline uint64_t media_age_ns(const media_t *m) noexcept nogil:
+    return m.age_ns + (m.now_ns - m.born_ns if m.now_ns > m.born_ns else 0)
+
+
+cdef inline uint32_t media_ask(media_t *m, uint32_t operation, uint32_t chunk, uint32_t sector, uint32_t n,
+                               uint64_t *amount) noexcept nogil:
+    """The action of the rule that strikes; delays are taken on the PU's timeline here."""
+    cdef rule_t *rule
+    if m.faults == NULL:
+        return 0
+    rule = faults_ask(m.faults, operation, chunk, sector, n)
+    if m.timing != NULL and m.faults.delay_ns + m.faults.hang_ns:
+        timing_delay(m.timing, chunk_pu(m, chunk), m.faults.delay_ns, m.faults.hang_ns)
+    if rule == NULL:
+        return 0
+    if rule.action == FAULT_POWER_CUT:
+        raise_signal(SIGKILL)
+    amount[0] = rule.amount
+    return rule.action
+
+
+cdef inline void media_write_trouble(media_t *m, uint32_t chunk, uint32_t sector, uint32_t n) noexcept nogil:
+    """Arm the fault that this program meets, if any."""
+    cdef chunk_t *c = &m.chunks[chunk]
+    cdef uint64_t amount = 0
+    cdef uint32_t action = media_ask(m, FAULT_WRITE, chunk, sector, n, &amount)
+    cdef uint32_t half = m.geometry.sector_bytes >> 1
+    if action == FAULT_TORN:
+        if m.data != NULL:
+            memset(media_data(m, ppa_of(m, chunk, sector + n - 1)) + half, 0, half)
+    elif action == FAULT_OFFLINE:
+        c.flags |= CHUNK_FAIL_WRITE | CHUNK_DIES
+    elif action:
+        c.flags |= CHUNK_FAIL_WRITE
+    if m.wear == NULL:
+        return
+    if c.state == CHUNK_FREE:
+        c.programmed_ns = media_age_ns(m)
+    if wear_fails(m.wear, c.pe_cycles, c.pe_limit):
+        m.wear.program_failures += 1
+        c.flags |= CHUNK_FAIL_WRITE
+
+
+cdef inline void media_erase_trouble(media_t *m, uint32_t chunk) noexcept nogil:
+    """Arm the fault that this erase meets, if any."""
+    cdef chunk_t *c = &m.chunks[chunk]
+    cdef uint64_t amount = 0
+    if media_ask(m, FAULT_RESET, chunk, 0, m.geometry.sectors, &amount):
+        c.flags |= CHUNK_FAIL_RESET
+    if m.wear == NULL:
+        return
+    m.wear.noted[chunk] = 0
+    if wear_fails(m.wear, c.pe_cycles, c.pe_limit):
+        m.wear.erase_failures += 1
+        c.flags |= CHUNK_FAIL_RESET
+    # Noted when it crosses into the next band of the wear-level index. Spec: 2.0 section 2.3, WIT.
+    if m.wear.wear_delta and wear_index_after(c) // m.wear.wear_delta > c.wear_index // m.wear.wear_delta:
+        wear_note(m.wear, chunk, 0, NOTICE_WEAR)
+
+
+cdef inline void media_corrupt(media_t *m, uint64_t ppa, uint64_t bits) noexcept nogil:
+    """Flip stored bits, for good."""
+    cdef uint64_t at, _
+    for _ in range(bits):
+        at = fault_random(&m.faults.rng) % (8 * <uint64_t>m.geometry.sector_bytes)
+        media_data(m, ppa)[at >> 3] ^= <char>(1 << (at & 7))
+
+
+cdef inline int media_rules_read(media_t *m, uint64_t ppa) noexcept nogil:
+    cdef uint32_t chunk = ppa_chunk(m, ppa)
+    cdef uint64_t amount = 0
+    cdef uint32_t action = media_ask(m, FAULT_READ, chunk, ppa_sector(m, ppa), 1, &amount)
+    if action == FAULT_CORRUPT:
+        if m.data != NULL:
+            media_corrupt(m, ppa, amount)
+        return MEDIA_OK
+    if action == FAULT_OFFLINE:
+        chunk_go_offline(m, chunk)
+    return MEDIA_UNRECOVERED if action else MEDIA_OK
+
+
+cdef inline int media_wear_read(media_t *m, uint64_t ppa) noexcept nogil:
+    cdef uint32_t chunk = ppa_chunk(m, ppa)
+    cdef chunk_t *c = &m.chunks[chunk]
+    cdef uint64_t age_ns = media_age_ns(m)
+    cdef double days = <double>(age_ns - c.programmed_ns if age_ns > c.programmed_ns else 0) / 86400e9
+    cdef int outcome
+    c.reads += 1
+    if m.wear.ecc_bits == 0:
+        return MEDIA_OK
+    outcome = wear_read(m.wear, wear_error_mean(m.wear, c.pe_cycles, c.pe_limit, c.reads, days))
+    m.extra_ns += m.wear.extra_ns
+    if outcome == READ_GOOD:
+        return MEDIA_OK
+    if outcome == READ_UNCORRECTABLE:
+        wear_note(m.wear, chunk, ppa_sector(m, ppa), NOTICE_UNRECOVERABLE)
+        return MEDIA_UNRECOVERED
+    wear_note(m.wear, chunk, ppa_sector(m, ppa), NOTICE_HIGH_ERRORS)
+    return MEDIA_HIGH_ECC
+
+
+cdef inline int media_read_trouble(media_t *m, uint64_t ppa) noexcept nogil:
+    """What befalls the read of one sector; call it before ``media_sense``, when ``media_troubled``.
+
+    MEDIA_OK, MEDIA_HIGH_ECC (a warning, the data is valid) or MEDIA_UNRECOVERED.
+    """
+    cdef int status = media_rules_read(m, ppa) if m.faults != NULL else MEDIA_OK
+    if status == MEDIA_OK and m.wear != NULL:
+        status = media_wear_read(m, ppa)
+    return status
+
+
 # --- write --------------------------------------------------------------------------------------------------------
 
 cdef inline int media_check_write(const media_t *m, uint32_t chunk, uint32_t sector, uint32_t n) noexcept nogil:
@@ -271,8 +416,11 @@ cdef inline int media_program_failed(media_t *m, uint32_t chunk) noexcept nogil:
     """An armed write fault: the chunk closes early and its next reset fails. Spec: 2.0 status 2F1h."""
     cdef chunk_t *c = &m.chunks[chunk]
     m.write_failures += 1
-    c.flags = (c.flags & ~CHUNK_FAIL_WRITE) | CHUNK_FAIL_RESET
+    cdef bint dies = c.flags & CHUNK_DIES
+    c.flags = (c.flags & ~(CHUNK_FAIL_WRITE | CHUNK_DIES)) | CHUNK_FAIL_RESET
     chunk_close_early(m, chunk)
+    if dies:
+        chunk_go_offline(m, chunk)
     return MEDIA_CHUNK_CLOSED_EARLY
 
 
@@ -286,6 +434,8 @@ cdef inline int media_program(media_t *m, uint32_t chunk, uint32_t sector, uint3
     cdef int status = media_check_write(m, chunk, sector, n)
     if status != MEDIA_OK:
         return status
+    if media_troubled(m):
+        media_write_trouble(m, chunk, sector, n)
     if m.timing != NULL:
         m.ended_ns = timing_program(m.timing, chunk_pu(m, chunk), sector, n, m.ready_ns)
         m.ready_ns = 0
@@ -350,13 +500,20 @@ cdef inline bint media_readable(const media_t *m, uint64_t ppa) noexcept nogil:
 cdef inline uint64_t media_sense(media_t *m, uint64_t ppa, uint64_t ready_ns, bint background) noexcept nogil:
     """Time of reading one sector; call it only with a timing. Returns when the sector is in the controller."""
     cdef uint32_t chunk = ppa_chunk(m, ppa)
-    return timing_sense(m.timing, chunk_pu(m, chunk), chunk, ppa_sector(m, ppa), ready_ns, 0, background)
+    cdef uint64_t extra_ns = m.extra_ns
+    m.extra_ns = 0
+    return timing_sense(m.timing, chunk_pu(m, chunk), chunk, ppa_sector(m, ppa), ready_ns, extra_ns, background)
 
 
 cdef inline int media_read(media_t *m, uint64_t ppa, char *data, char *oob) noexcept nogil:
-    """Copy one sector (*data* and *oob* may be NULL). MEDIA_UNWRITTEN leaves both buffers alone."""
+    """Copy one sector (*data* and *oob* may be NULL). Buffers are filled with MEDIA_OK and MEDIA_HIGH_ECC only."""
+    cdef int status = MEDIA_OK
     if not media_readable(m, ppa):
         return MEDIA_UNWRITTEN
+    if media_troubled(m):
+        status = media_read_trouble(m, ppa)
+        if status == MEDIA_UNRECOVERED:
+            return status
     if data != NULL and m.data != NULL:
         memcpy(data, media_data(m, ppa), m.geometry.sector_bytes)
     if oob != NULL:
@@ -365,7 +522,7 @@ cdef inline int media_read(media_t *m, uint64_t ppa, char *data, char *oob) noex
     m.sectors_read += 1
     if m.timing != NULL:
         timing_wait(m.timing, media_sense(m, ppa, 0, False))
-    return MEDIA_OK
+    return status
 
 
 # --- reset and copy -----------------------------------------------------------------------------------------------
@@ -381,13 +538,6 @@ cdef inline int media_check_reset(const media_t *m, uint32_t chunk) noexcept nog
     return MEDIA_OK
 
 
-cdef inline uint8_t wear_index_of(const chunk_t *c) noexcept nogil:
-    """255 x used / limit, monotone. Spec: 2.0 chunk descriptor, WLI."""
-    if c.pe_limit == 0:
-        return 0
-    return <uint8_t>min(<uint64_t>255, 255 * <uint64_t>c.pe_cycles // c.pe_limit)
-
-
 cdef inline int media_erase(media_t *m, uint32_t chunk) noexcept nogil:
     """Erase *chunk*: FREE, write pointer 0, one P/E cycle more. A worn-out or failing chunk goes OFFLINE instead."""
     cdef chunk_t *c
@@ -398,11 +548,13 @@ cdef inline int media_erase(media_t *m, uint32_t chunk) noexcept nogil:
     if status != MEDIA_OK:
         return status
     c = &m.chunks[chunk]
+    if media_troubled(m):
+        media_erase_trouble(m, chunk)
     if m.timing != NULL:
         m.ended_ns = timing_erase(m.timing, chunk_pu(m, chunk), m.ready_ns)
         m.ready_ns = 0
+    c.wear_index = wear_index_after(c)
     c.pe_cycles += 1
-    c.wear_index = wear_index_of(c)
     if c.flags & CHUNK_FAIL_RESET or (c.pe_limit and c.pe_cycles >= c.pe_limit):
         m.reset_failures += 1
         chunk_go_offline(m, chunk)

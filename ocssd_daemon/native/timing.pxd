@@ -264,6 +264,16 @@ cdef inline uint64_t timing_program(timing_t *t, uint32_t pu, uint32_t sector, u
     return end_ns
 
 
+cdef inline void timing_delay(timing_t *t, uint32_t pu, uint64_t slow_ns, uint64_t hang_ns) noexcept nogil:
+    """The PU stands still for *hang_ns* before its next operation, and is busy for *slow_ns* with nothing useful."""
+    cdef pu_time_t *p = &t.pus[pu]
+    cdef uint64_t earliest_ns = max(timing_earliest(t, 0), p.programs_until_ns)
+    cdef uint64_t length_ns = slow_ns + hang_ns
+    timeline_forget(&p.line, t.now_ns)
+    p.programs_until_ns = timeline_reserve(&p.line, earliest_ns, length_ns) + length_ns
+    timing_wait(t, p.programs_until_ns)
+
+
 cdef inline uint64_t timing_erase(timing_t *t, uint32_t pu, uint64_t ready_ns) noexcept nogil:
     cdef pu_time_t *p = &t.pus[pu]
     cdef uint64_t earliest_ns = max(timing_earliest(t, ready_ns), p.programs_until_ns)

@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ocssd_daemon._physics import attach_timing
 from ocssd_daemon._sim import Host
-from ocssd_daemon.device import Device
+from ocssd_daemon.device import Device, DeviceError
 from ocssd_daemon.settings import Settings
 from ocssd_daemon.sim import traces, workloads
 
@@ -69,6 +68,8 @@ def simulate(
     trace = traces.load(plan.trace) if plan.trace else None
     device = Device(settings, named, clock="virtual")
     try:
+        if device.ftl is None:
+            raise DeviceError("ftl.pus: a simulation needs the host FTL to own parallel units")
         if trace is not None:
             return _replay(device, plan, trace, progress)
         return _run(device, plan, progress)
@@ -80,9 +81,9 @@ def _span(device: Device, plan: Plan) -> int:
     """Fill the disk as planned. Returns the sectors that the workload works on."""
     filled = round(plan.fill * device.ftl.capacity_sectors)
     if filled:
-        attach_timing(device.media, None)
+        device.physics.take_time(False)
         device.ftl.fill(0, filled)
-        attach_timing(device.media, device.timing, virtual=True)
+        device.physics.take_time(True)
     return filled or device.ftl.capacity_sectors
 
 
@@ -93,7 +94,7 @@ def _run(device: Device, plan: Plan, progress: Progress) -> dict[str, Any]:
     workload = plan.workload.start(span, plan.seed)
     total = plan.ios if plan.ios is not None else round(plan.overwrites * span)
     warm = round(plan.warmup * span) if plan.workload.reads < 1 else 0
-    lead_in = TIMED_LEAD_IN * _buffer_sectors(device) if device.timing else 0
+    lead_in = TIMED_LEAD_IN * _buffer_sectors(device) if device.physics.timing else 0
 
     def work(ios: int) -> None:
         if host.run(workload, ios) < ios:
@@ -101,11 +102,11 @@ def _run(device: Device, plan: Plan, progress: Progress) -> dict[str, Any]:
                 "the disk became read-only: no spare space is left; more ftl.op or fewer faults"
             )
 
-    attach_timing(device.media, None)
+    device.physics.take_time(False)
     for part in _parts(max(0, warm - lead_in)):
         work(part)
         progress(host.ios / (warm + total))
-    attach_timing(device.media, device.timing, virtual=True)
+    device.physics.take_time(True)
     work(min(lead_in, max(warm, total // 10)))
     return _measure(device, host, plan, _parts(total), work, progress)
 
@@ -129,8 +130,8 @@ def _replay(device: Device, plan: Plan, trace: traces.Trace, progress: Progress)
 
 def _buffer_sectors(device: Device) -> int:
     return (
-        max(device.timing.latency.buffer_sectors or 0, device.geometry.total_pus * device.geometry.ws_opt)
-        if device.timing
+        max(device.physics.timing.latency.buffer_sectors or 0, device.geometry.total_pus * device.geometry.ws_opt)
+        if device.physics.timing
         else 0
     )
 
@@ -145,7 +146,7 @@ def _measure(
 ) -> dict[str, Any]:
     host.record()
     samples = [_sample(device, host)]
-    busy = device.timing.stats() if device.timing else {}
+    busy = device.physics.timing.stats() if device.physics.timing else {}
     started_s = time.perf_counter()
     for i, part in enumerate(parts):
         work(part)
@@ -163,7 +164,7 @@ def _report(
     virtual_s = delta.pop("virtual_ns") / 1e9
     ios = delta.pop("ios")
     user, flash = delta["user_sectors_written"], delta["flash_sectors_written"]
-    timed = device.timing is not None
+    timed = device.physics.timing is not None
     return {
         "workload": plan.workload.text if plan.workload else None,
         "trace": plan.trace,
@@ -191,9 +192,9 @@ def _busy(
     device: Device, before: dict[str, int], delta: dict[str, int], virtual_s: float
 ) -> dict[str, float] | None:
     """How busy PUs and channels were, as shares of the time."""
-    if device.timing is None or not virtual_s:
+    if device.physics.timing is None or not virtual_s:
         return None
-    after = device.timing.stats()
+    after = device.physics.timing.stats()
     spent = {
         name: (after[name] - before[name]) / 1e9 / virtual_s for name in after if name.endswith("_busy_ns")
     }

@@ -54,3 +54,9 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         elif not isinstance(value, list):
             row[prefix + name] = value
     return row
+
+
+def squared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same rows, each with every column that any of them has."""
+    columns = {name: None for row in rows for name in row}
+    return [columns | row for row in rows]

@@ -14,7 +14,7 @@ import trio.testing
 
 from ocssd_daemon.control import schema, server
 
-STATS = schema.Stats(ftl={"waf": 1.5}, media={}, latency={}, reactor={}, transports={})
+STATS = schema.Stats(ftl={"waf": 1.5}, media={}, physics={}, reactor={}, transports={})
 
 
 def refuse(params: object) -> msgspec.Struct:
