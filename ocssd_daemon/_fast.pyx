@@ -222,6 +222,7 @@ cdef class Ftl:
         f.words = (g.sectors + 63) // 64
         self._allocate(targets)
         f.user.line = f.gc.line = f.victim = NO_LINE
+        f.notify_fd = -1
         f.moved = &f.user if frontiers == 1 else &f.gc
         f.policy = VICTIMS[victim]
         f.reserve_lines = reserve_lines
@@ -326,6 +327,10 @@ cdef class Ftl:
                 ftl_commit(&self.f, lba)
                 done += 1
         return done
+
+    def notify(self, int fd):
+        """Signal the eventfd *fd* when the disk becomes read-only; -1: none."""
+        self.f.notify_fd = fd
 
     def trim(self, uint32_t lba, uint32_t n):
         if <uint64_t>lba + n > self.f.capacity_sectors:

@@ -21,6 +21,7 @@ from ocssd_daemon._fast import Disk, Ftl, Media, Reactor
 from ocssd_daemon.ftl.ownership import owned_pus
 from ocssd_daemon.ftl.target import Target, open_target
 from ocssd_daemon.log import kv
+from ocssd_daemon.nand.aging import CHUNK_OFFLINE
 from ocssd_daemon.nand.store import Store, boot_id, open_file, open_ram
 from ocssd_daemon.settings import Settings, SettingsError, names_geometry
 
@@ -67,6 +68,9 @@ class Device:
         self._transports: dict[str, Callable[[], Counters]] = {}
         self._reports: dict[int, Callable[[int], None]] = {}
         self._last_token = 0
+        self._said_read_only = False
+        if self.ftl is not None:
+            self.ftl.notify(self.reactor.event_fd)
         self._thread: threading.Thread | None = None
         self._stopped = False
 
@@ -87,6 +91,7 @@ class Device:
 
     def start(self, on_end: Callable[[], None] = lambda: None) -> None:
         """Start the loop that serves requests; *on_end* is called in its thread if it ends unasked."""
+        self._say_read_only()
 
         def run() -> None:
             self.reactor.run()
@@ -130,12 +135,20 @@ class Device:
 
     def dispatch(self) -> None:
         """Hand all waiting reports to their owners. A report whose owner has gone is dropped."""
+        self._say_read_only()
         for token, code in self.reactor.events():
             handler = self._reports.get(token)
             if handler is None:
                 log.debug(kv("reactor.report_dropped", token=token, code=code))
             else:
                 handler(code)
+
+    def _say_read_only(self) -> None:
+        """Once: the FTL signals the reactor's eventfd when its spare space ends."""
+        if self.ftl is not None and self.ftl.read_only and not self._said_read_only:
+            self._said_read_only = True
+            offline = int((self.media.chunks["state"] == CHUNK_OFFLINE).sum())
+            log.warning(kv("ftl.read_only", reason="no spare space is left: writes fail, reads go on", offline=offline))
 
     # What operators see.
 

@@ -124,6 +124,7 @@ ctypedef struct ftl_t:
     uint32_t reserve_lines
     uint8_t host_durable        # durability host: out-of-band entries cover the data, erases wait for a host sync
     uint8_t read_only           # spare space has ended
+    int notify_fd               # eventfd to signal when that happens; -1: none
     uint8_t policy
     uint32_t d_choices
     uint32_t wear_spread        # P/E difference that starts static wear levelling; 0: never

@@ -21,8 +21,7 @@ from ocssd_daemon.native.media cimport (
     CHUNK_FAIL_RESET, CHUNK_FREE, CHUNK_OFFLINE, CHUNK_OPEN, MEDIA_OK,
     chunk_close_early, chunk_t, media_data, media_erase, ppa_of,
 )
-from ocssd_daemon.native.sys cimport prefetch
-
+from ocssd_daemon.native.sys cimport eventfd_signal, prefetch
 from ocssd_daemon.native.wear cimport NOTICE_HIGH_ERRORS, NOTICE_UNRECOVERABLE, NOTICES, wear_t
 
 cdef extern from "errno.h" nogil:
@@ -208,6 +207,12 @@ cdef inline void count_line(ftl_t *f, uint32_t line) noexcept nogil:
     f.free_lines += good > 0
 
 
+cdef inline void become_read_only(ftl_t *f) noexcept nogil:
+    if not f.read_only and f.notify_fd >= 0:
+        eventfd_signal(f.notify_fd)
+    f.read_only = 1
+
+
 cdef inline void recount_spare(ftl_t *f) noexcept nogil:
     """After a chunk went OFFLINE: is there still room for the data and for GC to work?"""
     cdef uint32_t line, pu, good
@@ -221,7 +226,7 @@ cdef inline void recount_spare(ftl_t *f) noexcept nogil:
         f.short_lines += good < f.n_pus
     f.usable_sectors = sectors
     if sectors < f.capacity_sectors + <uint64_t>spare_lines(f) * f.n_pus * f.media.geometry.sectors:
-        f.read_only = 1
+        become_read_only(f)
 
 
 cdef inline uint32_t spare_lines(const ftl_t *f) noexcept nogil:
@@ -420,7 +425,7 @@ cdef inline bint make_room(ftl_t *f) noexcept nogil:
 cdef inline void out_of_space(ftl_t *f, uint64_t store_full) noexcept nogil:
     """No room could be made: unless the host's disk is what is full, that is for good."""
     if f.media.store_full == store_full:
-        f.read_only = 1
+        become_read_only(f)
 
 
 cdef inline uint32_t ftl_slot(ftl_t *f) noexcept nogil:

@@ -127,3 +127,15 @@ def test_lines_that_become_hard_to_read_are_refreshed_before_data_is_lost() -> N
     assert stats["lines_refreshed"] > 0
     assert stats["read_failures"] == 0
     flash.close()
+
+
+def test_the_end_of_spare_space_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    flash = device("wear.pe_limit=8")
+    shadow = Shadow(flash, 6)
+    while shadow.write() == 0:
+        pass
+    with caplog.at_level("WARNING"):
+        flash.dispatch()
+        flash.dispatch()
+    assert [record.getMessage().partition(" ")[0] for record in caplog.records] == ["ftl.read_only"]
+    flash.close()
