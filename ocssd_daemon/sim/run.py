@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ocssd_daemon._fast import Ftl
 from ocssd_daemon._sim import Host
 from ocssd_daemon.device import Device, DeviceError
 from ocssd_daemon.settings import Settings
@@ -53,8 +54,14 @@ class Sample(NamedTuple):
     flash_sectors_written: int
 
 
+def _ftl(device: Device) -> Ftl:
+    if device.ftl is None:
+        raise DeviceError("ftl.pus: a simulation needs the host FTL to own parallel units")
+    return device.ftl
+
+
 def _sample(device: Device, host: Host) -> Sample:
-    ftl = device.ftl.stats()
+    ftl = _ftl(device).stats()
     return Sample(host.now_ns, host.ios, *(ftl[name] for name in Sample._fields[2:]))
 
 
@@ -68,8 +75,7 @@ def simulate(
     trace = traces.load(plan.trace) if plan.trace else None
     device = Device(settings, named, clock="virtual")
     try:
-        if device.ftl is None:
-            raise DeviceError("ftl.pus: a simulation needs the host FTL to own parallel units")
+        _ftl(device)
         if trace is not None:
             return _replay(device, plan, trace, progress)
         return _run(device, plan, progress)
@@ -79,12 +85,12 @@ def simulate(
 
 def _span(device: Device, plan: Plan) -> int:
     """Fill the disk as planned. Returns the sectors that the workload works on."""
-    filled = round(plan.fill * device.ftl.capacity_sectors)
+    filled = round(plan.fill * _ftl(device).capacity_sectors)
     if filled:
         device.physics.take_time(False)
-        device.ftl.fill(0, filled)
+        _ftl(device).fill(0, filled)
         device.physics.take_time(True)
-    return filled or device.ftl.capacity_sectors
+    return filled or _ftl(device).capacity_sectors
 
 
 def _run(device: Device, plan: Plan, progress: Progress) -> dict[str, Any]:
@@ -113,7 +119,7 @@ def _run(device: Device, plan: Plan, progress: Progress) -> dict[str, Any]:
 
 def _replay(device: Device, plan: Plan, trace: traces.Trace, progress: Progress) -> dict[str, Any]:
     assert plan.trace is not None
-    at = traces.to_sectors(trace, plan.trace, device.disk.sector_bytes, device.ftl.capacity_sectors)
+    at = traces.to_sectors(trace, plan.trace, device.disk.sector_bytes, _ftl(device).capacity_sectors)
     _span(device, plan)
     host = Host(device.disk, plan.depth)
     done = 0
@@ -170,7 +176,7 @@ def _report(
         "trace": plan.trace,
         "seed": plan.seed,
         "depth": plan.depth,
-        "capacity_sectors": device.ftl.capacity_sectors,
+        "capacity_sectors": _ftl(device).capacity_sectors,
         "sector_bytes": device.disk.sector_bytes,
         "ios": ios,
         "waf": flash / user if user else None,
