@@ -6,8 +6,20 @@ import trio
 
 from tests.kit.blk_driver import IN, OK, OUT, Request, lay_out
 from tests.kit.vhost_frontend import Frontend
+from tests.kit.virtqueue import Packed, Split
 
 REPLY_S = 10.0
+
+
+async def completed(queue: Split | Packed) -> list[int]:
+    """Sleep until the device has completed something; the heads, in order."""
+    with trio.fail_after(REPLY_S):
+        while True:
+            queue.want_calls(True)
+            if done := queue.completed():
+                return [head for head, _ in done]
+            await trio.lowlevel.wait_readable(queue.call_fd)
+            queue.calls()
 
 
 async def run(frontend: Frontend, request: Request, ring: int = 0) -> int:
@@ -15,14 +27,7 @@ async def run(frontend: Frontend, request: Request, ring: int = 0) -> int:
     queue = frontend.rings[ring]
     head = queue.submit(request.chain)
     queue.kick()
-    with trio.fail_after(REPLY_S):
-        while True:
-            queue.want_calls(True)
-            if done := queue.completed():
-                break
-            await trio.lowlevel.wait_readable(queue.call_fd)
-            queue.calls()
-    assert [index for index, _ in done] == [head]
+    assert await completed(queue) == [head]
     return request.status
 
 
