@@ -323,7 +323,11 @@ cdef inline bint flash_readable(const flash_ns_t *ns, uint64_t address, uint64_t
 
 
 cdef inline void return_predefined(flash_req_t *r, uint32_t i) noexcept nogil:
-    """An unwritten sector: the bytes that DLFEAT promises, in data and OOB."""
+    """An unwritten sector: data as DLFEAT promises, and OOB of ones.
+
+    pblk takes the OOB's first word for a logical address when it recovers an open line: ones are its "none", while
+    zeroes would map logical sector 0 to flash that was never written.
+    """
     cdef media_t *m = r.ns.media
     cdef uint64_t left = m.geometry.sector_bytes, piece
     while r.has_data and left:
@@ -333,7 +337,7 @@ cdef inline void return_predefined(flash_req_t *r, uint32_t i) noexcept nogil:
         r.data.used += piece
         left -= piece
     if r.oob != NULL:
-        memset(r.oob + <uint64_t>i * m.geometry.oob_bytes, r.ns.fill, m.geometry.oob_bytes)
+        memset(r.oob + <uint64_t>i * m.geometry.oob_bytes, 0xFF, m.geometry.oob_bytes)
 
 
 cdef inline void return_sector(flash_req_t *r, uint32_t i, uint64_t ppa) noexcept nogil:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import gzip
+import json
 import os
 import re
 import stat
@@ -249,3 +250,9 @@ def vhost_user_blk(
     device = f"vhost-user-blk-pci,id={name},chardev={name}-socket,num-queues={queues}"
     chardev = qemu.socket_chardev(f"{name}-socket", socket, reconnect)
     return [*chardev, "-device", device + (",packed=on" if packed else "")]
+
+
+def vfio_user(socket: Path) -> list[str]:
+    """QEMU arguments (10.1 or newer) that attach the PCI device served at *socket*."""
+    device = {"driver": "vfio-user-pci", "socket": {"type": "unix", "path": str(socket)}}
+    return ["-device", json.dumps(device)]

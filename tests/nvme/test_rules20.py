@@ -197,7 +197,7 @@ def test_what_is_not_written_reads_as_predefined_data_without_dulbe(start):
     fill(host, 0)
     for addresses in (run(CHUNK, 4), run(2 * GROUP, 4), run(1 << 50, 4)):
         done, data, oob = host.vector_read(addresses, oob_bytes=16)
-        assert (done.status, data, oob) == (0, bytes(4 * 4096), bytes(64))
+        assert (done.status, data, oob) == (0, bytes(4 * 4096), b"\xff" * 64)
 
 
 def test_predefined_data_are_ones_with_dlfeat_2(start):
