@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.jobs import FIO, check_file_system, churn, fill, make_file_system
+from tests.e2e.serve import wait_for_counter
 from tests.kit.daemon import daemon
 from tests.kit.guest import Guest, lightnvm_guest, run_guest, stock_guest, vfio_user
 from tests.kit.qemu import current_qemu
@@ -33,7 +34,7 @@ nvme lnvm list | grep nvme0n1
 nvme lnvm id-ns /dev/nvme0n1
 cat /sys/bus/pci/drivers/nvme/*/vendor /sys/bus/pci/drivers/nvme/*/device
 {create(factory=True)}
-{make_file_system(PBLK)} {fill(percent=10)} {churn(mib=24)}
+{make_file_system(PBLK)} {fill(percent=4)} {churn(mib=16)}
 dd if=/dev/urandom of=/mnt/kept bs=1M count=8; md5sum /mnt/kept > /tmp/sum
 {check_file_system(PBLK)}
 {remove()} {create(factory=False)}
@@ -66,9 +67,7 @@ mount -t ext4 {PBLK} /mnt; md5sum < /mnt/kept
     with daemon(tmp_path, "--vfio-user", socket, "--preset", preset) as running:
         with Guest(load, vfio_user(socket), qemu=qemu, image=image, **GUEST) as guest:
             before = guest.wait_for("LOADED").split()[-2]
-            goal = running.ask("stats")["media"]["sectors_written"] + 4096
-            while running.ask("stats")["media"]["sectors_written"] < goal:
-                assert running.process.poll() is None
+            wait_for_counter(running, "media", "sectors_written", 4096)
         assert before in run_guest(recover, vfio_user(socket), qemu=qemu, image=image, **GUEST)
 
 

@@ -26,7 +26,7 @@ def test_data_verifies_on_a_disk_90_percent_full_while_garbage_collection_runs(
     tmp_path: Path, find_qemu: object, packed: bool
 ) -> None:
     qemu = find_qemu()  # type: ignore[operator]
-    job = make_file_system() + fill(percent=92) + churn(mib=160) + check_file_system()
+    job = make_file_system() + fill(percent=92) + churn(mib=128) + check_file_system()
     with serve(tmp_path, "--size", f"{FLASH_MIB}M") as daemon:
         run_guest(job, disk(daemon, qemu, packed=packed), qemu=qemu)
         ftl = daemon.stats()["ftl"]
