@@ -78,7 +78,7 @@ def _wait_ready(listener: socket.socket, process: subprocess.Popen[bytes], timeo
             if b"READY=1" in listener.recv(4096).split(b"\n"):
                 return
         if process.poll() is not None:
-            raise RuntimeError(f"the daemon ended with {process.returncode}")
+            raise RuntimeError(f"the daemon ended with {process.returncode}, see its log")
     raise RuntimeError("the daemon did not say READY=1")
 
 
@@ -98,10 +98,10 @@ def daemon(directory: Path, size: str = "4G", extra: Sequence[str] = (), timeout
         size,
         *extra,
     ]
-    with _notify_socket(directory / "notify.sock") as listener:
+    with _notify_socket(directory / "notify.sock") as listener, (directory / "log").open("a") as log:
         environment = {**os.environ, "NOTIFY_SOCKET": str(directory / "notify.sock")}
         began = time.monotonic()
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log, env=environment)
         try:
             _wait_ready(listener, process, timeout_s)
             yield Daemon(process.pid, directory, time.monotonic() - began)

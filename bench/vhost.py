@@ -51,19 +51,23 @@ ONE = {"depth": 1}
 POLL = {"mode": "poll"}
 STREAM_BYTES = 128 << 10
 STREAM = {"pattern": "sequential", "block_bytes": STREAM_BYTES, "depth": 8}
+COPIES: dict[str, dict[str, object]] = {
+    "memcpy": STREAM,
+    "random memcpy": {"pattern": "random", "block_bytes": 4096, "depth": 32},
+}
 HALF_OF_BOTH = {"null-co": at_most(0.5), "tmpfs file": at_most(0.5)}
 COPY = {"memcpy": at_least(0.6), "tmpfs file": None}
 
 SEQUENTIAL = (
     Case("read 128 KiB sequential, depth 8, polling", {**READ, **STREAM, **POLL}, COPY, THROUGHPUT),
-    Case("read 128 KiB sequential, depth 8", {**READ, **STREAM}, COPY, THROUGHPUT),
+    Case("read 128 KiB sequential, depth 8", {**READ, **STREAM}, {"memcpy": None, "tmpfs file": None}, THROUGHPUT),
 )
 RANDOM = (
     Case("read, depth 32", READ, {"null-co": at_least(1.0), "tmpfs file": at_least(4.0)}),
     Case("write under GC, depth 32", WRITE, {"tmpfs file": at_least(3.0), "null-co": None}),
     Case("read, depth 1, p50", {**READ, **ONE}, HALF_OF_BOTH, LATENCY),
     Case("write under GC, depth 1, p50", {**WRITE, **ONE}, HALF_OF_BOTH, LATENCY),
-    Case("read, depth 32, polling", {**READ, **POLL}, {"null-co": at_least(0.5)}),
+    Case("read, depth 32, polling", {**READ, **POLL}, {"null-co": at_least(0.5), "random memcpy": None}),
     Case("read, depth 1, both polling, p50", {**READ, **ONE, **POLL}, {"": value_at_most(2.0)}, LATENCY),
     Case("read, depth 32, 2 queues", {**READ, "queues": 2}, {"null-co": None, "tmpfs file": None}),
 )
@@ -129,8 +133,8 @@ class Bench:
         return {**result, "server_cpu_s": round(cpu_seconds(self.pids[side]) - before, 2)}
 
     def _side(self, side: str, client: Mapping[str, object]) -> Measure:
-        if side == "memcpy":
-            return lambda: run_json([compiled("memcpy"), *options(seconds=self.settings.seconds)])
+        if side in COPIES:
+            return lambda: run_json([compiled("memcpy"), *options(seconds=self.settings.seconds, **COPIES[side])])
         return lambda: self._measure(side, client)
 
     def rows(self, case: Case) -> Iterator[Row]:
