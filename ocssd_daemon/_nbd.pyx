@@ -2,7 +2,7 @@
 # cython: freethreading_compatible=True
 """The facade of NBD's transmission phase: arguments, the tables of commands and contexts, start and stop.
 
-What a request does is in ``native/nbdconn.pxd``, its bytes in ``native/nbdwire.pxd``. A connection is a source of the
+What a request does is in ``native/nbdcmd.pxd``, its bytes in ``native/nbdwire.pxd``. A connection is a source of the
 reactor from ``start`` to ``stop``; in between the reactor's thread owns its state, and both calls take its lock.
 """
 
@@ -13,13 +13,15 @@ from libc.string cimport memcpy, memset
 import os
 
 from ocssd_daemon._fast cimport Disk, Reactor
-from ocssd_daemon.native.nbdconn cimport (
-    CONN_CLOSED, END_DISCONNECT, END_EOF, END_ERROR, END_MEMORY, END_PROTOCOL, END_SHUTDOWN, IN_BYTES, MAX_CONTEXTS,
-    conn_arm, conn_complete, conn_disarm, conn_end, conn_poll, conn_ready, handler_t, nbd_conn_t,
-    nbd_offered_flags, nbd_stats_t, step_block_status, step_cache, step_disconnect, step_flush, step_read,
-    step_trim, step_write, step_write_zeroes,
+from ocssd_daemon.native.nbdcmd cimport (
+    step_block_status, step_cache, step_disconnect, step_flush, step_read, step_trim, step_write, step_write_zeroes,
 )
+from ocssd_daemon.native.nbdconn cimport conn_arm, conn_disarm, conn_poll, conn_ready
 from ocssd_daemon.native.nbdextent cimport extent_allocation, extent_chunk_state, extents_t
+from ocssd_daemon.native.nbdop cimport (
+    CONN_CLOSED, END_DISCONNECT, END_EOF, END_ERROR, END_MEMORY, END_PROTOCOL, END_SHUTDOWN, IN_BYTES, MAX_CONTEXTS,
+    conn_complete, conn_end, handler_t, nbd_conn_t, nbd_offered_flags, nbd_stats_t,
+)
 from ocssd_daemon.native.nbdwire cimport *
 from ocssd_daemon.native.reactor cimport (
     EPOLLIN, reactor_add, reactor_lock, reactor_remove, reactor_unlock, reactor_watch,
