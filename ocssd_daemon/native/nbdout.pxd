@@ -1,7 +1,7 @@
 """Owns what an NBD connection still has to send: a queue of blocks, sent with one system call per batch.
 
 Small replies are written one behind the other into a block that is used again and again, so that it stays in the
-cache; a large reply, or one that had to wait for its deadline, comes as a block of its own and is linked in, not copied.
+cache; a large reply, or one that waited for its deadline, comes as a block of its own and is linked in, not copied.
 Blocks of the usual size are kept for the next reply: malloc would give such memory back to the kernel, and taking it
 anew costs a page fault per 4 KiB, which is as much as filling it (measured: a third of the loop's time in nbdcopy).
 Lengths in bytes. Knows no NBD.
