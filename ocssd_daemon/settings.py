@@ -64,7 +64,7 @@ class FtlSettings(Section, frozen=True):
     victim: Annotated[
         Literal["greedy", "cost-benefit", "d-choices", "fifo", "random"],
         _text("how garbage collection picks its line"),
-    ] = "cost-benefit"
+    ] = "greedy"
     d_choices: Annotated[int, _int(1, 64, "lines drawn at random by victim d-choices")] = 8
     wear_spread: Annotated[
         int, _int(0, 1 << 24, "P/E cycles between lines that start static wear levelling; 0: never")

@@ -1,3 +1,4 @@
+# cython: cdivision=True
 """Owns the block view: byte ranges in logical blocks, over an FTL that knows whole sectors only.
 
 A block may be smaller than a sector: such a write copies the old sector into the new place and lays the new bytes over it

@@ -1,3 +1,4 @@
+# cython: cdivision=True
 """Owns the map: which flash sector holds which logical sector, and where the next one goes.
 
 What the kernel's pblk does, as one synchronous machine: a page-mapped L2P, lines over all PUs of the target, writes

@@ -1,3 +1,4 @@
+# cython: cdivision=True
 """Owns the free lines: which line to collect next, how fast, and how wear is spread.
 
 Collection is paced, not bursty: while few lines are free, each user sector pays for as many moves as the victim needs to

@@ -1,3 +1,4 @@
+# cython: cdivision=True
 """Owns the rules of the flash: what may be written, read, reset and copied, and the state of every chunk.
 
 All rules of the Open-Channel SSD specification 2.0 (write pointer, ws_min, mw_cunits, open-chunk limits, chunk states)

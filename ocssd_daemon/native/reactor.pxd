@@ -1,3 +1,4 @@
+# cython: cdivision=True
 """Owns the loop that moves all data: poll the sources, sleep when idle, post completions when they are due.
 
 One loop, one writer: every flash and FTL structure is touched only while ``reactor_t.lock`` is held. The loop holds it

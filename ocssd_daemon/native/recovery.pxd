@@ -1,3 +1,4 @@
+# cython: cdivision=True
 """Owns the way back: rebuilding the FTL's memory from what lies on the flash.
 
 After a clean stop the L2P in the image is the checkpoint and only counters and bitmaps are derived from it. Otherwise the

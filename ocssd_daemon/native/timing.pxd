@@ -1,3 +1,4 @@
+# cython: cdivision=True
 """Owns time: when each PU and each channel is busy, and so when a flash operation ends.
 
 The flash itself works synchronously; this is an overlay that answers one question per operation: when would it have
