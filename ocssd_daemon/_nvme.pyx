@@ -375,6 +375,10 @@ cdef class NvmeQueues:
             self.q.ns[nsid].flash.dulbe = enabled
             self.q.ns[nsid].disk_dulbe = enabled
 
+    def set_media_feedback(self, uint32_t nsid, bint enabled):
+        with self.reactor.paused():
+            self.q.ns[nsid].flash.feedback = enabled
+
     def set_write_cache(self, bint enabled):
         with self.reactor.paused():
             self.q.write_through = not enabled

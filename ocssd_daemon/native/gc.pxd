@@ -333,9 +333,19 @@ cdef inline void frontier_retire(ftl_t *f, frontier_t *w) noexcept nogil:
     frontier_close(f, w)
 
 
+cdef inline bint owns_chunk(const ftl_t *f, uint32_t chunk) noexcept nogil:
+    cdef uint32_t i
+    for i in range(f.n_pus):
+        if f.pus[i] == chunk // f.media.geometry.chunks:
+            return True
+    return False
+
+
 cdef inline void refresh_line_of(ftl_t *f, uint32_t chunk) noexcept nogil:
-    """Have the chunk's line moved elsewhere; an open line is closed for that."""
+    """Have the chunk's line moved elsewhere; an open line is closed for that. Chunks of others are theirs to care for."""
     cdef uint32_t line = chunk % f.media.geometry.chunks
+    if not owns_chunk(f, chunk):
+        return
     if f.line_state[line] == LINE_OPEN:
         frontier_retire(f, &f.user if f.user.line == line else &f.gc)
     if f.line_state[line] == LINE_CLOSED and f.line_failed[line] == 0 and line != f.victim:

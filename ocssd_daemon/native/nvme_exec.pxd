@@ -365,6 +365,16 @@ cdef inline void note_failures(io_t *io, const flash_req_t *r, int status, uint1
             return
 
 
+cdef inline void note_reads(io_t *io, const flash_req_t *r) noexcept nogil:
+    """Chunks that the flash noted while they were read: hard to read, or lost."""
+    cdef uint32_t i
+    if io.ns.kind != KIND_OCSSD20 or r.noted == 0:
+        return
+    for i in range(min(r.n, <uint32_t>VECTOR_MAX)):
+        if r.noted >> i & 1:
+            notify(io, address_of(r, i), NOTICE_UNRECOVERABLE if r.failed >> i & 1 else NOTICE_HIGH_ERROR_RATE)
+
+
 # --- raw namespaces -----------------------------------------------------------------------------------------------
 
 cdef inline void flash_request(io_t *io, flash_req_t *r, bint has_data) noexcept nogil:
@@ -409,6 +419,7 @@ cdef inline int raw_read(io_t *io) noexcept nogil:
     cdef int status
     flash_request(io, &r, True)
     flash_read(&r)
+    note_reads(io, &r)
     status = return_oob(io)
     return status if status != NVME_OK else flash_done(io, &r)
 

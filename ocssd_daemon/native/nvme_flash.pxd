@@ -15,12 +15,14 @@ from ocssd_daemon.native.disk cimport cursor_skip, cursor_t, gather, scatter
 from ocssd_daemon.native.media cimport (
     CHUNK_FAIL_RESET, CHUNK_FREE, CHUNK_OFFLINE, CHUNK_RANDOM, MEDIA_CHUNK_CLOSED_EARLY, MEDIA_INVALID_FIELD,
     MEDIA_INVALID_RESET, MEDIA_OFFLINE, MEDIA_OK, MEDIA_OUT_OF_ORDER, MEDIA_UNRECOVERED, MEDIA_UNWRITTEN,
-    MEDIA_WRITE_FAULT, MEDIA_WRITE_NEXT_UNIT,
+    MEDIA_HIGH_ECC, MEDIA_WRITE_FAULT, MEDIA_WRITE_NEXT_UNIT,
     chunk_opened, chunk_set, chunk_t, media_check_write, media_copy, media_data, media_oob, media_program,
-    media_program_failed, media_readable, media_reset, media_sense, media_t, media_wait_ended, ppa_of, store_reserve,
+    media_program_failed, media_read_trouble, media_readable, media_reset, media_sense, media_t, media_troubled,
+    media_wait_ended, ppa_of, store_reserve,
 )
 from ocssd_daemon.native.nvme_wire cimport (
-    NVME_EMPTY_PAGE, NVME_INVALID_FIELD, NVME_LBA_RANGE, NVME_OK, NVME_WRITE_FAILED_12, chunk_descriptor_t,
+    NVME_EMPTY_PAGE, NVME_HIGH_ECC_12, NVME_INVALID_FIELD, NVME_LBA_RANGE, NVME_OK, NVME_WRITE_FAILED_12,
+    chunk_descriptor_t,
 )
 from ocssd_daemon.native.timing cimport timing_wait
 
@@ -60,6 +62,7 @@ ctypedef struct flash_ns_t:
     media_t *media
     uint8_t kind
     uint8_t dulbe               # reading what is not written is an error
+    uint8_t feedback            # a read with high ECC effort says so (2.0, feature CAh)
     uint8_t fill                # predefined data: 0x00 or 0xff
     uint32_t chunk_base         # first chunk of this namespace in the device
     field_t fields[FIELDS]
@@ -79,6 +82,7 @@ ctypedef struct flash_req_t:
     bint has_data               # False: zeroes are written, nothing is returned
     char *oob                   # n entries, or NULL
     uint64_t failed             # bit i: address i
+    uint64_t noted              # bit i: the read of address i was noted by the flash
     int status                  # the first failure
 
 ctypedef struct run_t:          # addresses of one command that lie in one chunk, next to each other in the list
@@ -161,6 +165,10 @@ cdef inline int flash_status(const flash_ns_t *ns, int status) noexcept nogil:
         return status
     if status == MEDIA_UNWRITTEN:
         return NVME_EMPTY_PAGE
+    if status == MEDIA_UNRECOVERED:
+        return status
+    if status == MEDIA_HIGH_ECC:
+        return NVME_HIGH_ECC_12
     if status == MEDIA_CHUNK_CLOSED_EARLY or status == MEDIA_WRITE_NEXT_UNIT:
         return NVME_WRITE_FAILED_12
     if status == MEDIA_OK or status == NVME_LBA_RANGE or status == NVME_WRITE_FAILED_12:
@@ -352,6 +360,28 @@ cdef inline void return_sector(flash_req_t *r, uint32_t i, uint64_t ppa) noexcep
         timing_wait(m.timing, media_sense(m, ppa, 0, False))
 
 
+cdef inline int read_trouble(flash_req_t *r, uint32_t i, uint64_t ppa) noexcept nogil:
+    """What rules and wear do to this read. Notes the address when the flash noted its chunk."""
+    cdef media_t *m = r.ns.media
+    cdef uint64_t noticed = m.wear.noticed if m.wear != NULL else 0
+    cdef int status = media_read_trouble(m, ppa)
+    if m.wear != NULL and m.wear.noticed != noticed and i < VECTOR_MAX:
+        r.noted |= 1ull << i
+    return status
+
+
+cdef inline void read_sector(flash_req_t *r, uint32_t i, uint64_t ppa) noexcept nogil:
+    """One readable sector: its data, unless the flash cannot recover it. High ECC effort is a warning: the data is valid."""
+    cdef int status = read_trouble(r, i, ppa) if media_troubled(r.ns.media) else MEDIA_OK
+    if status == MEDIA_UNRECOVERED:
+        return_predefined(r, i)
+        mark_failed(r, i, 1, flash_status(r.ns, status))
+        return
+    return_sector(r, i, ppa)
+    if status == MEDIA_HIGH_ECC and r.ns.feedback and r.status == NVME_OK:
+        r.status = flash_status(r.ns, status)
+
+
 cdef inline void flash_read(flash_req_t *r) noexcept nogil:
     """Each sector by itself: written ones are returned, for the others predefined data or a failure (DULBE, 1.2)."""
     cdef bint failing = r.ns.dulbe or (r.ns.kind == KIND_OCSSD12 and r.list != NULL)
@@ -359,7 +389,7 @@ cdef inline void flash_read(flash_req_t *r) noexcept nogil:
     cdef uint32_t i
     for i in range(r.n):
         if flash_readable(r.ns, address_of(r, i), &ppa):
-            return_sector(r, i, ppa)
+            read_sector(r, i, ppa)
         else:
             return_predefined(r, i)
             if failing:

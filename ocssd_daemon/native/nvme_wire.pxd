@@ -93,6 +93,7 @@ cdef enum:                      # statuses (SCT << 8 | SC); the media's own are 
     NVME_READ_ONLY = 0x182
     NVME_COMPARE_FAILURE = 0x285
     NVME_EMPTY_PAGE = 0x2ff
+    NVME_HIGH_ECC_12 = 0x700    # a warning of OCSSD 1.2 devices that hosts know: the data is valid
     NVME_DNR = 0x4000
 
 

@@ -69,6 +69,11 @@ def _dulbe(controller: Controller, nsid: int, value: int) -> Answer:
     return OK
 
 
+def _feedback(controller: Controller, nsid: int, value: int) -> Answer:
+    controller.queues.set_media_feedback(nsid, bool(value & 3))
+    return OK
+
+
 def _coalescing(controller: Controller, _nsid: int, value: int) -> Answer:
     controller.queues.set_coalescing(value & 0xFF, (value >> 8 & 0xFF) * 100_000)
     return OK
@@ -95,7 +100,7 @@ FEATURES: dict[int, Row] = {
     Feature.WRITE_ATOMICITY: Row(bits=1),
     Feature.ASYNC_EVENTS: Row(),
     Feature.SOFTWARE_PROGRESS: Row(bits=0xFF),
-    Feature.MEDIA_FEEDBACK: Row(bits=3, scope=NAMESPACE_SPECIFIC),
+    Feature.MEDIA_FEEDBACK: Row(bits=3, changed=_feedback, scope=NAMESPACE_SPECIFIC),
 }
 
 
