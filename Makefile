@@ -31,7 +31,7 @@ $(VENV)/.built: $(VENV)/.runtime $(NATIVE)
 
 # What tests and lint need.
 $(VENV)/.dev: $(VENV)/.runtime
-	@PYTHON="$(PYTHON)" tools/make-venv "$(VENV)" test lint
+	@PYTHON="$(PYTHON)" tools/make-venv "$(VENV)" test lint sim dask
 	@touch $@
 
 build: $(VENV)/.built
