@@ -25,7 +25,7 @@ START_S = 0.6
 def test_without_a_transport_it_shows_the_ways() -> None:
     done = run_daemon()
     assert done.returncode == 2
-    for way in ("--socket ", "--nbd unix:", "--nbd tcp:"):
+    for way in ("--socket ", "--nbd unix:", "--nbd tcp:", "--vfio-user "):
         assert way in done.stderr
 
 
