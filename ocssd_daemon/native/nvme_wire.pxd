@@ -99,7 +99,7 @@ cdef enum:                      # statuses (SCT << 8 | SC); the media's own are 
 
 cdef inline int nvme_status_field(int status) noexcept nogil:
     """With Do Not Retry where a retry cannot help; the rule of ``protocol/nvme/status.py``, held together by a test."""
-    if (status == NVME_OK or status == NVME_INTERNAL or status == NVME_FAILED_FUSED or status == 0x2d0
+    if (status == NVME_OK or 0x006 <= status <= NVME_FAILED_FUSED or status == 0x082 or status == 0x2d0
             or status == 0x2f0 or status == 0x2f1):
         return status
     return status | NVME_DNR

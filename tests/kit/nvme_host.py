@@ -120,10 +120,17 @@ class NvmeHost:
         else:
             self.client.serve(0)
 
+    def close(self) -> None:
+        """Give the interrupt descriptors back; the client is the caller's."""
+        for queue in self.queues.values():
+            os.close(queue.irq)
+        self.queues.clear()
+
     # ---- bring-up -----------------------------------------------------------------------------------------
 
     def enable(self, entries: int = 32) -> None:
         """Admin queue, MSI-X vector 0, CC.EN; the controller must be ready at once."""
+        self.close()
         admin = self.queues[0] = Queue(self, 0, entries)
         self.client.set_irqs(0x24, MSIX, 0, 1, fds=(admin.irq,))
         self.write32(AQA, (entries - 1) << 16 | entries - 1)
@@ -142,6 +149,8 @@ class NvmeHost:
         return admin.wait()[0]
 
     def create_queue(self, qid: int = 1, entries: int = 64, *, interrupts: bool = True) -> Queue:
+        if qid in self.queues:
+            os.close(self.queues[qid].irq)
         queue = self.queues[qid] = Queue(self, qid, entries)
         self.client.set_irqs(0x24, MSIX, qid, 1, fds=(queue.irq,))
         made = self.admin(0x05, data=queue.cq, dwords=struct.pack("<HHHH", qid, entries - 1, 3 if interrupts else 1,

@@ -101,4 +101,7 @@ def attached(target: Target, *, shared: bool = True, memory_bytes: int = 64 << 2
         client.map_memory()
         host = NvmeHost(client)
         host.enable()
-        yield host
+        try:
+            yield host
+        finally:
+            host.close()
