@@ -35,7 +35,7 @@ from ocssd_daemon.native.nvme_wire cimport (
 from ocssd_daemon.native.nvmeq cimport (
     ERRORS_MAX, NAMESPACES_MAX, NOTICES_MAX, NO_FD, QUEUES_MAX, REPORT_BAD_DOORBELL, REPORT_NOTICE, REPORT_QUEUE_LOST,
     cq_create, cq_delete, cq_post, cq_room, cq_signal, doorbell_at, intx_update, namespace_t, nvmeq_arm,
-    nvmeq_complete, nvmeq_disarm, nvmeq_poll, nvmeq_ready, nvmeq_t, outcome_t, queues_forget, run_one, sq_create,
+    nvmeq_complete, nvmeq_disarm, nvmeq_poll, nvmeq_ready, nvmeq_t, outcome_t, queues_forget, run_one, shadows_start, sq_create,
     sq_delete, sq_fetch, sq_tail,
 )
 from ocssd_daemon.native.reactor cimport (
@@ -253,6 +253,8 @@ cdef class NvmeQueues:
             reactor_remove(&self.reactor.r, &self.q.source)
         os.close(self.q.kick_fd)
         self.q.kick_fd = NO_FD
+        self.q.doorbells = NULL
+        self.doorbells = None           # so that the caller can unmap the page
 
     def __dealloc__(self):
         if self.q == NULL:
@@ -360,6 +362,7 @@ cdef class NvmeQueues:
                     or gmem_at_write(self.q.memory, event_index, self.q.page_bytes) == NULL):
                 return False
             self.q.shadow, self.q.event_index = shadow, event_index
+            shadows_start(self.q)
             return True
 
     def set_coalescing(self, uint32_t threshold, uint64_t time_ns):

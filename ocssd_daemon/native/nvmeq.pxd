@@ -474,6 +474,31 @@ cdef inline void nvmeq_ready(source_t *source, int fd, uint32_t events) noexcept
     source.more = 1
 
 
+# --- shadow doorbells ---------------------------------------------------------------------------------------------
+
+cdef inline void shadow_start(nvmeq_t *self, uint32_t qid, uint32_t which, uint32_t index) noexcept nogil:
+    """Make the shadow say what the register says, and ask for the next change.
+
+    Linux keeps the pages over a controller reset; stale values in them would be taken for new commands.
+    """
+    cdef uint32_t *shadow
+    if qid == 0 or self.shadow == 0:
+        return
+    shadow = shadow_at(self, self.shadow, qid, which)
+    if shadow != NULL:
+        store_release_u32(shadow, index)
+    ask_for_event(self, qid, which, index)
+
+
+cdef inline void shadows_start(nvmeq_t *self) noexcept nogil:
+    cdef uint32_t qid
+    for qid in range(1, self.queue_count):
+        if self.sq[qid].active:
+            shadow_start(self, qid, 0, load_acquire_u32(doorbell_at(self, qid, 0)))
+        if self.cq[qid].active:
+            shadow_start(self, qid, 1, load_acquire_u32(doorbell_at(self, qid, 1)))
+
+
 # --- life of queues -----------------------------------------------------------------------------------------------
 
 cdef inline bint cq_create(nvmeq_t *self, uint32_t qid, uint64_t address, uint32_t entries, uint32_t vector,
@@ -491,6 +516,7 @@ cdef inline bint cq_create(nvmeq_t *self, uint32_t qid, uint64_t address, uint32
     cq.vector = vector
     cq.interrupts = interrupts
     store_release_u32(doorbell_at(self, qid, 1), 0)
+    shadow_start(self, qid, 1, 0)
     return True
 
 
@@ -505,6 +531,7 @@ cdef inline bint sq_create(nvmeq_t *self, uint32_t qid, uint64_t address, uint32
     sq.entries = entries
     sq.cqid = cqid
     store_release_u32(doorbell_at(self, qid, 0), 0)
+    shadow_start(self, qid, 0, 0)
     self.io_queues += qid != 0
     return True
 

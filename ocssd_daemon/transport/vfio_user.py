@@ -158,11 +158,11 @@ class Client:
         self._regions = regions(config)
         self._bar0 = os.memfd_create("bar0", os.MFD_CLOEXEC)
         os.ftruncate(self._bar0, self._regions[Region.BAR0].size_bytes)
-        self._registers_page = mmap.mmap(self._bar0, self._regions[Region.BAR0].size_bytes)
-        doorbells = memoryview(self._registers_page)[DOORBELLS:DOORBELLS + config.doorbell_bytes]
+        self._bar0_page = mmap.mmap(self._bar0, self._regions[Region.BAR0].size_bytes)
+        self._doorbells = memoryview(self._bar0_page)[DOORBELLS:DOORBELLS + config.doorbell_bytes]
         mapped = GuestMemory(device.reactor)
         self.queues = NvmeQueues(
-            device.reactor, mapped, doorbells, config.queue_pairs, stride=config.stride, token=token,
+            device.reactor, mapped, self._doorbells, config.queue_pairs, stride=config.stride, token=token,
             mapped_doorbells=device.mapped_doorbells, max_transfer_bytes=config.max_transfer_bytes,
             wear_threshold=device.wear_threshold)
         self.memory = ClientMemory(mapped, self._dma_read, self._dma_write, self._by_message)
@@ -176,14 +176,14 @@ class Client:
         self._msix_bar = bytearray(self._regions[Region.BAR4].size_bytes)
 
     def close(self) -> None:
-        """Release everything that the client gave us. The doorbell page goes with the last reference to
-        it.
-        """
+        """Release everything that the client gave us, and the page of doorbells that it may have mapped."""
         self.queues.reset()
         self._interrupts.close()
         self.queues.close()
         self.memory.clear()
         close_all(self._session.pending_fds())
+        self._doorbells.release()
+        self._bar0_page.close()
         os.close(self._bar0)
 
     # ---- the conversation ---------------------------------------------------------------------------------

@@ -44,6 +44,7 @@ class VfioUserClient:
 
     def close(self) -> None:
         self.sock.close()
+        self.memory.close()
         os.close(self.memory_fd)
 
     def __enter__(self) -> VfioUserClient:

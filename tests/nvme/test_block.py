@@ -228,6 +228,17 @@ def test_shadow_doorbells_replace_register_writes(host):
     assert queue.host.rung < 900
 
 
+def test_stale_shadow_doorbells_of_an_earlier_life_are_no_commands(host):
+    """Linux keeps the pages over a controller reset and makes its queues before it hands the pages over again."""
+    shadow, events = host.put(b"\x07\0\0\0" * 1024), host.allocate(PAGE)
+    assert host.admin(0x7C, data=shadow, prp2=events).status == 0
+    assert host.get(shadow + 8, 8) == bytes(8)
+    host.memory[shadow + 16:shadow + 24] = b"\x07\0\0\0" * 2
+    queue = host.create_queue(2)
+    assert host.get(shadow + 16, 8) == bytes(8)
+    assert queue.poll() is None
+
+
 class Shadowed:
     """A host that writes shadow doorbells, and registers only when EventIdx asks for it (NVMe 1.3, annex B.5)."""
 
