@@ -110,6 +110,10 @@ cdef class Media:
     def now_ns(self, uint64_t value):
         self.m.now_ns = value
 
+    def recount_open(self):
+        """After chunk states were changed from outside: how many chunks are open, for maxoc and maxocpu."""
+        self._count_open()
+
     @property
     def chunks(self):
         """The chunk table: one record per chunk, in chunk-log order (``nand.layout.CHUNK_DTYPE``)."""

@@ -178,6 +178,10 @@ class NvmeSettings(Section, frozen=True):
     wear_threshold: Annotated[int, _int(0, 255, "wear index off the mean that is notified (WIT); 0: never")] = 0
     early_reset: Annotated[bool, _text("an open chunk may be reset; pblk needs it")] = True
     multi_reset: Annotated[bool, _text("a free chunk may be reset (MCCAP bit 1)")] = False
+    chunk_state_file: Annotated[str | None, _text("chunk states to set at start, one chunk per line")] = None
+    write_fault_file: Annotated[str | None, _text("sectors whose writes fail, with a probability")] = None
+    reset_fault_file: Annotated[str | None, _text("chunks whose resets fail, with a probability")] = None
+    bad_block_file: Annotated[str | None, _text("OCSSD 1.2: a byte per block and plane, non-zero is bad")] = None
 
 
 class ControlSettings(Section, frozen=True):

@@ -20,6 +20,7 @@ import click
 import msgspec
 
 from ocssd_daemon import __version__
+from ocssd_daemon.cli.check_geometry import check_geometry
 from ocssd_daemon.cli.fault import fault
 from ocssd_daemon.cli.simulate import simulate
 from ocssd_daemon.cli.sweep import sweep
@@ -142,7 +143,7 @@ for _method in ("info", "stats"):
     _plain_command(_method)
 
 
-for _command in (fault, simulate, sweep):
+for _command in (check_geometry, fault, simulate, sweep):
     main.add_command(_command)
 
 

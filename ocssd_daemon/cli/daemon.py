@@ -7,6 +7,7 @@ over both. Exit codes: 0 a clean end, 1 failed while starting or running, 2 usag
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -15,10 +16,12 @@ import click
 
 from ocssd_daemon import __version__
 from ocssd_daemon import settings as sets
-from ocssd_daemon.log import LEVELS, configure
+from ocssd_daemon.log import LEVELS, configure, kv
 
 if TYPE_CHECKING:
     from ocssd_daemon.daemon import Daemon
+
+log = logging.getLogger(__name__)
 
 # Flags that are the short form of a setting.
 SHORT_FORMS = {
@@ -59,10 +62,23 @@ def _short_forms(flags: dict[str, Any]) -> dict[str, sets.Given]:
 def _layers(flags: dict[str, Any]) -> list[dict[str, sets.Given]]:
     return [
         sets.from_preset(flags["preset"]),
+        _reference_layer(flags["qemu_nvme"]),
         sets.from_toml(flags["config"]) if flags["config"] else {},
         _short_forms(flags),
         sets.from_assignments(flags["assignments"]),
     ]
+
+
+def _reference_layer(line: str | None) -> dict[str, sets.Given]:
+    """Settings of the reference emulator's options; what means nothing here is said once."""
+    if line is None:
+        return {}
+    from ocssd_daemon.cli.qemu_nvme import translate
+
+    done = translate(line)
+    for note in done.notes:
+        log.warning(kv("qemu_nvme.no_meaning", option=note))
+    return done.layer()
 
 
 def _print_capabilities(context: click.Context, parameter: click.Parameter, wanted: bool) -> None:
@@ -87,6 +103,7 @@ def _print_capabilities(context: click.Context, parameter: click.Parameter, want
 @click.option("--fd", type=click.IntRange(0), metavar="N", help="Serve vhost-user-blk on this inherited socket.")
 @click.option("--nbd", multiple=True, metavar="ADDRESS", help="Serve NBD at unix:PATH or tcp:HOST:PORT. Repeatable.")
 @click.option("--vfio-user", metavar="PATH", help="Serve the NVMe controller over vfio-user at this Unix socket.")
+@click.option("--qemu-nvme", metavar="OPTIONS", help="Options of the reference emulator's -device nvme,…")
 @click.option("--control", metavar="PATH", help="Control socket for ocssd; default: the first socket's path + .ctl.")
 @click.option("--store", "--blk-file", metavar="FILE", help="Keep the flash in this image file; default: RAM.")
 @click.option("--size", metavar="SIZE", help="Raw flash, such as 4G; the disk is smaller by the over-provisioning.")

@@ -9,9 +9,9 @@ So a researcher writes an FTL in a notebook against the very rules that a guest 
     status, failed = ssd.write(lbas, data, oob)         # data (8, 4096) uint8, oob (8, 16) uint8
     status, failed, data, oob = ssd.read(lbas)
 
-An LBA packs, from bit 0: sector, chunk, PU, group. Failures are values: *status* is NVMe's (SCT << 8 | SC, 0 is success;
-``describe(status)`` says it in words), *failed* a 64-bit map of the addresses that failed. Exceptions are for wrong
-arguments (ValueError). Sizes are sectors unless the name says bytes. Not thread-safe.
+An LBA packs, from bit 0: sector, chunk, PU, group. Failures are values: *status* is NVMe's (SCT << 8 | SC, 0 is
+success; ``describe(status)`` says it in words), *failed* a 64-bit map of the addresses that failed. Exceptions are for
+wrong arguments (ValueError). Sizes are sectors unless the name says bytes. Not thread-safe.
 """
 
 from __future__ import annotations
@@ -44,10 +44,12 @@ class Device:
     """OCSSD 2.0 flash in RAM, or in the image file *store*. Keyword arguments are the fields of the geometry.
 
     *early_reset*: an open chunk may be reset. *multi_reset*: a free one too. *dlfeat*: unwritten sectors read as zeroes
-    (1) or ones (2). Acquires the image and its lock until ``close``, also by ``with``. Raises GeometryError, StoreError.
+    (1) or ones (2). Acquires the image and its lock until ``close``, also by ``with``. Raises GeometryError,
+    StoreError.
     """
 
-    def __init__(self, *, store: str | None = None, early_reset: bool = True, multi_reset: bool = False, dlfeat: int = 1,
+    def __init__(self, *, store: str | None = None, early_reset: bool = True, multi_reset: bool = False,
+                 dlfeat: int = 1,
                  **shape: int) -> None:
         wanted = validate(msgspec.convert(shape, Geometry))
         self._store: Store = open_ram(wanted) if store is None else open_file(store, wanted, bool(shape))
@@ -82,7 +84,8 @@ class Device:
     def lba(self, group: int = 0, pu: int = 0, chunk: int = 0, sector: int | Iterable[int] = 0) -> NDArray[np.uint64]:
         """Addresses as uint64, one per sector. Raises ValueError outside the geometry."""
         sectors = np.atleast_1d(np.asarray(list(sector) if isinstance(sector, Iterable) else sector, np.int64))
-        given = {"group": np.int64(group), "pu": np.int64(pu), "chunk": np.int64(chunk), "sector": sectors}
+        given: dict[str, Any] = {"group": np.int64(group), "pu": np.int64(pu), "chunk": np.int64(chunk)}
+        given["sector"] = sectors
         address = np.zeros(sectors.shape, np.uint64)
         for field in self._namespace.fields:
             part = given.get(field.name, np.int64(0))

@@ -63,10 +63,12 @@ def _lines(g: Geometry, version: str, planes: int, unit: int) -> Iterator[Proble
         yield Problem(PBLK, f"{size} sectors in a chunk: must be a multiple of the write unit {unit}")
     if g.oob_bytes < PBLK_OOB_BYTES:
         fatal = unit < 2 or unit * PBLK_OOB_BYTES > 4096
-        yield Problem(PBLK, f"geometry.oob_bytes = {g.oob_bytes}: below {PBLK_OOB_BYTES} each write unit of {unit} sectors "
+        yield Problem(PBLK,
+                      f"geometry.oob_bytes = {g.oob_bytes}: below {PBLK_OOB_BYTES} each write unit of {unit} sectors "
                             "gives one to metadata", fatal)
     if lines <= needed + 2:
-        yield Problem(PBLK, f"{lines} chunks per PU: {needed} lines of {PBLK_OP_PERCENT} % over-provisioning and two to write "
+        yield Problem(PBLK,
+                      f"{lines} chunks per PU: {needed} lines of {PBLK_OP_PERCENT} % over-provisioning, two to write, "
                             "are needed; smaller devices stop writing (\"no free lines\")")
     elif lines < PBLK_LINES_WANTED:
         yield Problem(PBLK, f"{lines} chunks per PU: below {PBLK_LINES_WANTED} its rate limiter has little room; "
@@ -89,8 +91,10 @@ def _rules12(g: Geometry, planes: int) -> Iterator[Problem]:
     if g.chunks % planes:
         yield Problem(DRIVER, f"geometry.chunks = {g.chunks}: must be a multiple of nvme.planes = {planes}")
     if g.sectors % g.ws_min:
-        yield Problem(DRIVER, f"geometry.sectors = {g.sectors}: must be a multiple of the flash page, ws_min = {g.ws_min}")
+        yield Problem(DRIVER,
+                      f"geometry.sectors = {g.sectors}: must be a multiple of the flash page, ws_min = {g.ws_min}")
     if g.mw_cunits:
-        yield Problem(PBLK, f"geometry.mw_cunits = {g.mw_cunits}: 1.2 hosts expect to read what was written; set it to 0",
+        yield Problem(PBLK,
+                      f"geometry.mw_cunits = {g.mw_cunits}: 1.2 hosts expect to read what was written; set it to 0",
                       fatal=False)
     yield Problem(SPDK, "supports OCSSD 2.0 only", fatal=False)

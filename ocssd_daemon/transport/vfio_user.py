@@ -139,10 +139,13 @@ class Device:
 
     def __init__(self, reactor: Reactor, config: ControllerConfig, namespaces: list[Namespace],
                  foreign: np.ndarray, *,
-                 mapped_doorbells: bool = False, wear_threshold: int = 0, seed: int = 1) -> None:
+                 mapped_doorbells: bool = False, wear_threshold: int = 0, seed: int = 1,
+                 write_faults: np.ndarray | None = None,
+                 reset_faults: np.ndarray | None = None) -> None:
         self.reactor, self.config, self.namespaces, self.foreign = reactor, config, namespaces, foreign
         self.mapped_doorbells = mapped_doorbells
         self.wear_threshold, self.seed = wear_threshold, seed
+        self.write_faults, self.reset_faults = write_faults, reset_faults
 
 
 class Client:
@@ -166,7 +169,8 @@ class Client:
             mapped_doorbells=device.mapped_doorbells, max_transfer_bytes=config.max_transfer_bytes,
             wear_threshold=device.wear_threshold)
         self.memory = ClientMemory(mapped, self._dma_read, self._dma_write, self._by_message)
-        attach(device.namespaces, self.queues, device.foreign, seed=device.seed)
+        attach(device.namespaces, self.queues, device.foreign, seed=device.seed, write_faults=device.write_faults,
+               reset_faults=device.reset_faults)
         self.controller = build_controller(config, device.namespaces, self.queues, device.foreign,
                                            wear_threshold=device.wear_threshold)
         self._config_space = ConfigSpace(config)
@@ -247,7 +251,8 @@ class Client:
 
     async def _dma(self, number: int, message: bytes) -> bytes:
         """Send one DMA message and wait for its answer. Raises OSError."""
-        arrived, box = trio.Event(), []
+        arrived = trio.Event()
+        box: list[DmaReply] = []
         self._replies[number] = (arrived, box)
         try:
             await self._send(message)
@@ -469,8 +474,11 @@ HANDLERS: dict[int, Handler] = {
     Command.REGION_WRITE_MULTI: Client.write_multi,
 }
 
-READERS = {Region.BAR0: Client._read_bar0, Region.BAR4: Client._read_msix, Region.CONFIG: Client._read_config}
-WRITERS = {Region.BAR0: Client._write_bar0, Region.BAR4: Client._write_msix,
+READERS: dict[int, Callable[[Client, int, int], bytes]] = {Region.BAR0: Client._read_bar0,
+                                                           Region.BAR4: Client._read_msix,
+                                                           Region.CONFIG: Client._read_config}
+WRITERS: dict[int, Callable[[Client, int, bytes], None]] = {Region.BAR0: Client._write_bar0,
+                                                            Region.BAR4: Client._write_msix,
            Region.CONFIG: Client._write_config}
 
 

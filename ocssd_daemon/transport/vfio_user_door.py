@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import logging
+from typing import TYPE_CHECKING, Any
 
 import trio
 
+from ocssd_daemon.device import DeviceError
+from ocssd_daemon.log import kv
 from ocssd_daemon.nvme.assembly import config_of, namespaces_of
+from ocssd_daemon.nvme.namespaces import Namespace, Ocssd12Namespace
+from ocssd_daemon.nvme.state_files import apply_bad_blocks, apply_chunk_states, read_faults
+from ocssd_daemon.nvme.suitability import SPDK, problems
 from ocssd_daemon.transport.vfio_user import Device as NvmeDevice
 from ocssd_daemon.transport.vfio_user import VfioUserServer
 
+log = logging.getLogger(__name__)
+
 if TYPE_CHECKING:
     from ocssd_daemon.device import Device
+    from ocssd_daemon.settings import NvmeSettings
     from ocssd_daemon.transport.listen import Listener
 
 
 async def serve_vfio_user(
     listener: Listener, device: Device, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
 ) -> None:
-    """Serve *device* at *listener*, which stays the caller's, until cancelled. Raises ValueError for a shape that the
-    namespaces cannot have."""
-    server = VfioUserServer(_nvme_device(device), device.new_token, device.forget)
+    """Serve *device* at *listener*, which stays the caller's, until cancelled.
+
+    Raises DeviceError for a shape that the namespaces cannot have, or a file that cannot be read.
+    """
+    _warn_of_misfits(device)
+    try:
+        server = VfioUserServer(_nvme_device(device), device.new_token, device.forget)
+    except ValueError as error:
+        raise DeviceError(str(error)) from None
     device.add_transport("vfio-user", server.stats)
     async with trio.open_nursery() as nursery:
         for sock in listener.sockets:
@@ -28,12 +43,39 @@ async def serve_vfio_user(
         task_status.started()
 
 
+def _warn_of_misfits(device: Device) -> None:
+    """Say at start what a host would only say by failing."""
+    nvme = device.settings.nvme
+    for version in {kind for kind in nvme.namespaces if kind != "block"}:
+        for problem in problems(device.geometry, version, planes=nvme.planes, mdts=nvme.mdts):
+            if problem.who != SPDK:
+                log.warning(kv("nvme.geometry", namespace=version, who=problem.who, problem=problem.text))
+    if device.ftl_owns.all() and set(nvme.namespaces) != {"block"}:
+        log.warning(kv("nvme.no_raw_pus", reason="the host FTL owns every parallel unit; see ftl.pus"))
+
+
 def _nvme_device(device: Device) -> NvmeDevice:
     nvme = device.settings.nvme
     disk = device.disk if "block" in nvme.namespaces else None
     store_uuid = device.store.superblock.uuid if device.settings.store else ""
+    namespaces = namespaces_of(nvme, device.media, disk, store_uuid=store_uuid)
+    with device.reactor.paused():
+        _set_states(nvme, device.media, namespaces)
     return NvmeDevice(
-        device.reactor, config_of(nvme), namespaces_of(nvme, device.media, disk, store_uuid=store_uuid),
-        device.ftl_owns, mapped_doorbells=nvme.doorbells == "mapped", wear_threshold=nvme.wear_threshold,
-        seed=device.settings.seed,
+        device.reactor, config_of(nvme), namespaces, device.ftl_owns, mapped_doorbells=nvme.doorbells == "mapped",
+        wear_threshold=nvme.wear_threshold, seed=device.settings.seed,
+        write_faults=_faults(nvme.write_fault_file, device, sectors=True),
+        reset_faults=_faults(nvme.reset_fault_file, device, sectors=False),
     )
+
+
+def _set_states(nvme: NvmeSettings, media: Any, namespaces: list[Namespace]) -> None:
+    if nvme.chunk_state_file is not None:
+        apply_chunk_states(nvme.chunk_state_file, media)
+    for namespace in namespaces:
+        if nvme.bad_block_file is not None and isinstance(namespace, Ocssd12Namespace):
+            apply_bad_blocks(nvme.bad_block_file, namespace)
+
+
+def _faults(path: str | None, device: Device, *, sectors: bool) -> Any:
+    return None if path is None else read_faults(path, device.geometry, sectors=sectors)

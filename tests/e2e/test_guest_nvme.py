@@ -37,7 +37,8 @@ class Daemon:
         raise AssertionError("the daemon is not ready")
 
     def _ask(self, command: str) -> dict | None:
-        ask = [sys.executable, "-m", "ocssd_daemon.cli.client", "--control", f"{self.socket}.ctl", command, "-o", "json"]
+        ask = [sys.executable, "-m", "ocssd_daemon.cli.client", "--control", f"{self.socket}.ctl", command, "-o",
+               "json"]
         done = subprocess.run(ask, capture_output=True, text=True)
         return json.loads(done.stdout) if done.returncode == 0 else None
 
