@@ -60,7 +60,8 @@ def test_wildcards_comments_and_both_dialects_are_read(write):
 
 def test_chunk_states_are_set_and_counted(write):
     media = Media(open_ram(SMALL))
-    lines = ["grp=0 pu=0 chk=0 wi=300 wp=8 state=OPEN type=W_SEQ", "grp=1 pu=1 chk=7 wi=0 wp=0 state=OFFLINE type=W_RAN"]
+    lines = ["grp=0 pu=0 chk=0 wi=300 wp=8 state=OPEN type=W_SEQ",
+             "grp=1 pu=1 chk=7 wi=0 wp=0 state=OFFLINE type=W_RAN"]
     apply_chunk_states(write("\n".join(lines)), media)
     assert media.chunks[["state", "wp", "wear_index"]][0].tolist() == (4, 8, 44)
     assert int(media.chunks["wp"][31]) == 0xFFFF_FFFF
