@@ -6,9 +6,9 @@ What a queue does is in ``native/nvmeq.pxd``, what a command does in ``native/nv
 ``install_operations`` below. Every method that touches shared state holds the reactor's lock while it does.
 """
 
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
-from libc.string cimport memcpy, memset
+from libc.string cimport memset
 
 import os
 
@@ -17,15 +17,15 @@ import numpy as np
 from ocssd_daemon._fast cimport Disk, Media, Reactor
 from ocssd_daemon.native.disk cimport disk_discard, disk_flush
 from ocssd_daemon.native.gmem cimport (
-    GMEM_ALIGN, gmem_add, gmem_at, gmem_at_write, gmem_clear, gmem_poisoned, gmem_remove, gmem_t,
+    gmem_add, gmem_at_write, gmem_clear, gmem_poisoned, gmem_remove, gmem_t,
 )
 from ocssd_daemon.native.media cimport CHUNK_FREE, CHUNK_OFFLINE, chunk_t, media_begin, media_reset
 from ocssd_daemon.native.nvme_dptr cimport guest_copy_in, guest_copy_out
 from ocssd_daemon.native.nvme_exec cimport (
     BROADCAST, COMPARE_BYTES, DATA_FROM_HOST, DATA_NONE, DATA_TO_HOST, ON_20, ON_ALL, ON_RAW,
     check_data_blocks, check_dsm, check_vector_copy, check_vector_data, check_vector_reset, check_vector_write,
-    check_write, check_zeroes, check_blocks, execute_row, find_namespace, flush_all, io_t, op_t, raw_copy, raw_read,
-    raw_reset, raw_write, run_compare, run_dsm, run_flush, run_read, run_verify, run_write, run_zeroes, step_t,
+    check_write, check_zeroes, check_blocks, execute_row, find_namespace, flush_all, io_t, op_t, raw_copy,
+    raw_reset, run_compare, run_dsm, run_flush, run_read, run_verify, run_write, run_zeroes, step_t,
 )
 from ocssd_daemon.native.nvme_flash cimport (
     KIND_BLOCK, MARK_SHIFT, fault_t, flash_copy, flash_ns_t, flash_read, flash_req_t, flash_reset, flash_write, is_foreign,
@@ -41,7 +41,7 @@ from ocssd_daemon.native.nvmeq cimport (
     sq_delete, sq_fetch, sq_tail,
 )
 from ocssd_daemon.native.reactor cimport (
-    reactor_add, reactor_drain, reactor_lock, reactor_remove, reactor_t, reactor_unlock, reactor_watch,
+    reactor_add, reactor_drain, reactor_remove, reactor_watch,
 )
 from ocssd_daemon.native.sys cimport eventfd_signal, iovec, store_release_u32
 
@@ -132,8 +132,6 @@ cdef class GuestMemory:
     def map(self, uint64_t address, uint64_t size_bytes, int fd, uint64_t offset_bytes, bint writable):
         """Map [address, address + size); None, or the sentence that says why not. The fd stays the caller's."""
         cdef const char *refusal
-        cdef bint overlap = False
-        cdef uint32_t i
         with self.reactor.paused():
             refusal = gmem_add(&self.g, address, size_bytes, 0, offset_bytes, fd, writable)
         return None if refusal == NULL else refusal.decode()
@@ -148,7 +146,7 @@ cdef class GuestMemory:
 
     def unmap(self, uint64_t address, uint64_t size_bytes):
         """Unmap the regions that lie in the range; False unless they fill it, without cutting one."""
-        cdef uint64_t at = address, left = size_bytes, taken
+        cdef uint64_t at = address, left = size_bytes
         cdef list found = []
         for start, size in self.regions():
             if start == at and size <= left:
@@ -284,7 +282,6 @@ cdef class NvmeQueues:
         cdef namespace_t *ns = &self.q.ns[<uint32_t>namespace.nsid]
         cdef flash_ns_t *flash = &ns.flash
         cdef unsigned char[::1] owners = foreign
-        cdef fault_t[::1] faults
         if media.m.data == NULL:
             raise ValueError("a raw namespace needs flash that keeps its data")
         with self.reactor.paused():

@@ -415,12 +415,12 @@ cdef inline int run_queue(nvmeq_t *self, uint32_t qid, int budget) noexcept nogi
 cdef inline int nvmeq_poll(source_t *source, int budget) noexcept nogil:
     cdef nvmeq_t *self = <nvmeq_t *>source
     cdef int done = 0, n
-    cdef uint32_t i, qid
+    cdef uint32_t _, qid
     source.more = 0
     if self.io_queues == 0 or self.by_message:
         return 0
     qid = self.turn
-    for i in range(self.queue_count):
+    for _ in range(self.queue_count):
         qid += 1
         if qid >= self.queue_count:
             qid = 1

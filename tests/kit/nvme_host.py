@@ -9,6 +9,7 @@ import os
 import select
 import struct
 from dataclasses import dataclass
+from typing import Any
 
 from ocssd_daemon.protocol.nvme.commands import CompletionEntry, sqe
 from tests.kit.vfio_user_client import BAR0, MSIX, VfioUserClient
@@ -112,7 +113,7 @@ class NvmeHost:
 
     def wait_interrupt(self, irq: int) -> None:
         """Until the eventfd fires; meanwhile serves DMA messages. Fails after the deadline."""
-        watched = [irq] if self.client.shared else [irq, self.client.sock]
+        watched: list[Any] = [irq] if self.client.shared else [irq, self.client.sock]
         ready = select.select(watched, [], [], DEADLINE_S)[0]
         assert ready, "no interrupt within the deadline"
         if irq in ready:
@@ -174,7 +175,7 @@ class NvmeHost:
         prp1, prp2 = self.pointer(address, count) if count else (address, 0)
         return sqe(opcode, self.next_cid(), nsid, flags=flags, mptr=mptr, prp1=prp1, prp2=prp2, dwords=dwords)
 
-    def io(self, opcode: int, nsid: int = 1, *, qid: int = 1, **fields: object) -> Completion:
+    def io(self, opcode: int, nsid: int = 1, *, qid: int = 1, **fields: Any) -> Completion:
         queue = self.queues[qid]
         queue.submit(self.entry(opcode, nsid, **fields))
         return queue.wait()[0]

@@ -48,7 +48,7 @@ class Target:
     def _namespace(self, kind: str, nsid: int, planes: int, dlfeat: int) -> Any:
         if kind != "block":
             return raw_namespace(kind, nsid, self.media, planes=planes, dlfeat=dlfeat)
-        disk = self.disk
+        disk: Any = self.disk
         return BlockNamespace(nsid, disk.size_bytes // disk.block_bytes, disk.block_bytes, disk=disk)
 
     def _new_token(self, handler: Any) -> int:

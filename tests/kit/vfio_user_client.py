@@ -13,6 +13,7 @@ import os
 import select
 import socket
 import struct
+from typing import Any
 
 HEADER = struct.Struct("<HHIII")
 REPLY, NO_REPLY, ERROR = 1, 0x10, 0x20
@@ -116,7 +117,7 @@ class VfioUserClient:
 
     # ---- what QEMU does, in its order ---------------------------------------------------------------------
 
-    def negotiate(self) -> dict:
+    def negotiate(self) -> Any:
         payload = self.call(VERSION, struct.pack("<HH", 0, 0) + json.dumps(CAPABILITIES).encode() + b"\0")
         return json.loads(payload[4:-1])
 
