@@ -49,7 +49,10 @@ def call(path: str, method: str, params: dict[str, Any] | None = None) -> Any:
         raise CallError(f"{path}: {error.strerror or 'no answer'}") from None
     if not line:
         raise CallError(f"{path}: the daemon closed the connection")
-    answer = msgspec.json.decode(line)
+    try:
+        answer = msgspec.json.decode(line, type=dict[str, Any])
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        raise CallError(f"{path}: is no control socket of ocssd-daemon (those end in .ctl)") from None
     if "error" in answer:
         raise CallError(answer["error"]["message"])
     return answer["result"]

@@ -57,6 +57,11 @@ class Superblock(msgspec.Struct):
     l2p_crc: int = 0
     counters: dict[str, int] = {}
 
+    @property
+    def is_fresh(self) -> bool:
+        """Nothing has run on it yet."""
+        return self.capacity_sectors == 0 and not self.boot_id
+
 
 def boot_id() -> str:
     """The running boot of this machine; a page cache lives exactly as long."""
@@ -111,8 +116,7 @@ class Store:
 
     @property
     def is_fresh(self) -> bool:
-        """Nothing has run on it yet."""
-        return self.superblock.capacity_sectors == 0 and not self.superblock.boot_id
+        return self.superblock.is_fresh
 
     def format_chunks(self) -> None:
         """Every chunk FREE and sequential; nothing else of a fresh image needs to be written."""
@@ -273,13 +277,19 @@ def _open_image(fd: int, path: str, wanted: Geometry, explicit: bool) -> Store:
     if explicit and superblock.geometry != wanted:
         raise StoreError(f"{path}: {_difference(superblock.geometry, wanted)}")
     layout = layout_of(superblock.geometry)
+    size_bytes = os.fstat(fd).st_size
+    if found and not superblock.is_fresh and size_bytes < layout.size_bytes:
+        raise StoreError(
+            f"{path}: is cut short, {size_bytes} of {layout.size_bytes} bytes; restore it, or use another file"
+        )
     # Chunk table and L2P are written at any place at any time; data and OOB are reserved chunk by chunk.
     store = Store(_map(fd, layout.size_bytes, layout.oob.offset, path), superblock, fd, path)
     if found:
         store._generation = found[0]
     else:
+        store.save_superblock()  # first: a start that is killed in between leaves an image that is known as ours
+    if superblock.is_fresh:
         store.format_chunks()
-        store.save_superblock()
     return store
 
 

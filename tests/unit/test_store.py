@@ -23,6 +23,14 @@ from tests.kit.requires import missing
 SMALL = validate(Geometry(groups=1, pus=2, chunks=16, sectors=64, sector_bytes=4096))
 
 
+class Killed(BaseException):
+    """Stands for a signal that nothing survives."""
+
+
+def _die(*_: object) -> None:
+    raise Killed
+
+
 def image(tmp_path: Path) -> str:
     return str(tmp_path / "flash.img")
 
@@ -91,6 +99,30 @@ def test_a_failed_open_leaves_no_file_behind(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(StoreError):
         open_file(image(tmp_path), SMALL)
     assert not Path(image(tmp_path)).exists()
+
+
+@pytest.mark.parametrize("step", ["format_chunks", "save_superblock"])
+def test_a_start_that_was_killed_while_it_formatted_can_be_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    Path(image(tmp_path)).touch()
+    with monkeypatch.context() as killed:
+        killed.setattr(store_module.Store, step, _die)
+        with pytest.raises(Killed):
+            open_file(image(tmp_path), SMALL)
+    target = open_target(open_file(image(tmp_path), SMALL))
+    assert target.how_started == "fresh"
+    assert target.disk.write(0, b"x" * 4096) == 0
+
+
+def test_an_image_that_was_cut_short_is_refused_and_left_alone(tmp_path: Path) -> None:
+    target = open_target(open_file(image(tmp_path), SMALL))
+    target.close()
+    target.store.close()
+    os.truncate(image(tmp_path), 1 << 20)
+    with pytest.raises(StoreError, match="is cut short, 1048576 of"):
+        open_file(image(tmp_path), SMALL)
+    assert Path(image(tmp_path)).stat().st_size == 1 << 20
 
 
 def test_the_image_keeps_its_geometry_and_an_explicit_other_one_is_refused(tmp_path: Path) -> None:
