@@ -215,6 +215,11 @@ cdef class Ftl:
             raise ValueError(f"capacity of {capacity_sectors} sectors is larger than the flash")
         if g.oob_bytes < 16:
             raise ValueError(f"geometry.oob_bytes = {g.oob_bytes}: the FTL needs at least 16")
+        if 0 < g.maxocpu < frontiers:
+            raise ValueError(f"geometry.maxocpu = {g.maxocpu}: the FTL keeps ftl.frontiers = {frontiers} chunks open per PU")
+        if 0 < g.maxoc < frontiers * targets.size:
+            raise ValueError(f"geometry.maxoc = {g.maxoc}: the FTL keeps {frontiers * targets.size} chunks open, "
+                             f"ftl.frontiers = {frontiers} on each of {targets.size} PUs")
         if host_durable and media.m.data == NULL:
             raise ValueError("durability host needs sector data")
         self.media = media

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -280,6 +281,21 @@ def test_a_small_device_gets_the_spare_lines_that_gc_needs() -> None:
 def test_a_device_with_too_few_lines_is_refused() -> None:
     with pytest.raises(CapacityError, match=r"geometry\.chunks = 4"):
         capacity_of(validate(Geometry(chunks=4)), 0.11)
+
+
+@pytest.mark.parametrize(("limit", "enough"), [("maxoc", 4), ("maxocpu", 2)])
+def test_a_device_that_may_not_open_the_chunks_of_both_frontiers_is_refused(limit: str, enough: int) -> None:
+    """Otherwise the first writes fail, chunk after chunk counts as broken, and the disk ends read-only."""
+    def geometry(most: int) -> Geometry:
+        return msgspec.structs.replace(SMALL, **{limit: most})
+
+    with pytest.raises(ValueError, match=f"geometry.{limit} = {enough - 1}: the FTL keeps"):
+        open_target(open_ram(geometry(enough - 1)))
+    open_target(open_ram(geometry(enough // 2)), frontiers=1)
+    target = open_target(open_ram(geometry(enough)))
+    for at in range(0, 3 * target.disk.size_bytes, 1 << 16):
+        assert target.disk.write(at % target.disk.size_bytes, bytes([at >> 16 & 0xFF]) * (1 << 16)) == 0
+    assert target.media.stats()["write_failures"] == 0
 
 
 def test_fresh_ram_takes_memory_only_as_it_is_written() -> None:
