@@ -516,11 +516,18 @@ cdef class NvmeQueues:
         """``(cqid, addresses of the next two completions)`` for a submission queue; a fused pair makes two."""
         cqid = self.q.sq[sqid].cqid
         cq = &self.q.cq[cqid]
+        if not self.q.sq[sqid].active or not cq.active:
+            return cqid, []
         return cqid, [cq.address + (cq.tail + i) % cq.entries * sizeof(cqe_t) for i in range(2)]
 
     def run_next(self, uint32_t qid):
-        """Run the entry at the head of a queue; completions are posted, not signalled. Returns commands served."""
+        """Run the entry at the head of a queue; completions are posted, not signalled. Returns commands served.
+
+        None are when the queue went, or was made anew, since its entry was looked at.
+        """
         with self.reactor.paused():
+            if not self.q.sq[qid].active or self.q.sq[qid].head == sq_tail(self.q, qid):
+                return 0
             return run_one(self.q, qid, sq_tail(self.q, qid))
 
     # -- logs and numbers

@@ -36,6 +36,7 @@ MAGIC = b"OCSSDIMG"
 VERSION = 1
 _HEADER = struct.Struct("<8sIIQI")  # magic, version, payload bytes, generation, crc32 of the payload
 CHUNK_FREE = 1
+CHUNK_OFFLINE = 8
 CHUNK_SEQUENTIAL = 1
 
 
@@ -123,6 +124,12 @@ class Store:
         self.chunks["type"] = CHUNK_SEQUENTIAL
         self.chunks["cnlb"] = self.geometry.sectors
         self.chunks["state"] = CHUNK_FREE
+
+    def damaged_chunks(self) -> int:
+        """Chunks whose table entry reaches beyond the chunk; everything behind trusts these two numbers."""
+        sectors = self.geometry.sectors
+        beyond = (self.chunks["wp"] > sectors) & (self.chunks["state"] != CHUNK_OFFLINE)
+        return int((beyond | (self.chunks["cnlb"] > sectors)).sum())
 
     def save_superblock(self, **changes: Any) -> None:
         """Write the changed superblock to the older slot."""
@@ -285,6 +292,8 @@ def _open_image(fd: int, path: str, wanted: Geometry, explicit: bool) -> Store:
     # Chunk table and L2P are written at any place at any time; data and OOB are reserved chunk by chunk.
     store = Store(_map(fd, layout.size_bytes, layout.oob.offset, path), superblock, fd, path)
     if found:
+        if damaged := store.damaged_chunks():
+            raise StoreError(f"{path}: damaged chunk table: {damaged} entries reach beyond their chunk")
         store._generation = found[0]
     else:
         store.save_superblock()  # first: a start that is killed in between leaves an image that is known as ours

@@ -341,6 +341,15 @@ cdef inline bint frontier_ready(ftl_t *f, frontier_t *w) noexcept nogil:
     return w.line != <uint32_t>NO_LINE or frontier_open(f, w)
 
 
+cdef inline uint32_t owner_from_map(const ftl_t *f, uint32_t ppa) noexcept nogil:
+    """The logical sector that the map keeps at *ppa*, or LBA_PAD. For an entry that damage made useless: a full scan."""
+    cdef uint32_t lba
+    for lba in range(f.capacity_sectors):
+        if l2p_get(f, lba) == ppa:
+            return lba
+    return LBA_PAD
+
+
 cdef inline bint move_sector(ftl_t *f, frontier_t *w, uint32_t ppa) noexcept nogil:
     """Copy a valid sector to the frontier *w*. Returns 0 when no line is free; the sector then stays where it is."""
     cdef oob_t *oob = <oob_t *>media_oob(f.media, ppa)
@@ -350,6 +359,11 @@ cdef inline bint move_sector(ftl_t *f, frontier_t *w, uint32_t ppa) noexcept nog
     cdef uint64_t seq
     if not frontier_ready(f, w):
         return False
+    if lba >= f.capacity_sectors:       # a checkpoint is loaded without reading the entries: this one is damaged
+        lba = owner_from_map(f, ppa)
+        if lba == <uint32_t>LBA_PAD:
+            invalidate(f, ppa)
+            return True
     target = w.ppa + w.fill
     if f.media.data != NULL:
         memcpy(media_data(f.media, target), media_data(f.media, ppa), f.media.geometry.sector_bytes)

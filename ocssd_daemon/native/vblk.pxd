@@ -207,8 +207,10 @@ cdef inline int vblk_check_id(vblk_t *self, vblk_request_t *request) noexcept no
     """The identification is 20 bytes, zero-padded; a shorter buffer gets its beginning, a longer one zeros after it."""
     cdef chain_t *chain = &request.chain
     cdef uint64_t at = 0, part, i
-    if chain.readable_bytes:
+    # All of it is written in one go, so it may not be longer than what a step moves.
+    if chain.readable_bytes or chain.writable_bytes > VBLK_PIECE_BYTES:
         return VBLK_S_IOERR
+    self.turn_bytes -= chain.writable_bytes
     for i in range(chain.first, chain.count):
         memset(chain.iov[i].iov_base, 0, chain.iov[i].iov_len)
         part = VBLK_ID_BYTES - at if chain.iov[i].iov_len > VBLK_ID_BYTES - at else chain.iov[i].iov_len

@@ -63,15 +63,19 @@ cdef inline void vhost_finish_recovered(vhost_t *self, vhost_queue_t *queue) noe
 
 
 cdef inline void vhost_drain(vhost_t *self) noexcept nogil:
-    """Complete all that is in flight, without waiting for deadlines."""
+    """Complete all that is in flight, without waiting for deadlines.
+
+    A ring that was disabled in the middle of a request too: its buffers may be unmapped next.
+    """
     cdef uint32_t i
     cdef vhost_queue_t *queue
-    for i in range(self.live_count):
-        queue = self.live[i]
+    for i in range(self.queue_count):
+        queue = &self.queues[i]
         vhost_finish_request(self, queue)
         vhost_finish_recovered(self, queue)
-        virtqueue_publish(&queue.ring)
-        virtqueue_notify(&queue.ring)
+        if queue.ring.used != NULL:
+            virtqueue_publish(&queue.ring)
+            virtqueue_notify(&queue.ring)
     reactor_drain(self.reactor, &self.source)
     if self.lists_stale:
         vhost_relist(self)

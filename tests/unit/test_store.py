@@ -200,6 +200,32 @@ def test_a_checkpoint_that_does_not_match_its_checksum_is_not_believed(tmp_path:
     assert again.disk.read(0, 4096) == b"a" * 4096
 
 
+@pytest.mark.parametrize("field", ["wp", "cnlb"])
+def test_a_chunk_table_that_reaches_beyond_its_chunks_is_refused(tmp_path: Path, field: str) -> None:
+    store = open_file(image(tmp_path), SMALL)
+    store.chunks["state"][3] = 2
+    store.chunks[field][3] = SMALL.sectors + 1
+    store.close()
+    with pytest.raises(StoreError, match="damaged chunk table: 1 entries"):
+        open_file(image(tmp_path), SMALL)
+
+
+def test_damaged_out_of_band_entries_do_not_lead_gc_out_of_the_map() -> None:
+    store = open_ram(SMALL)
+    target = open_target(store, block_bytes=4096)
+    sectors = target.disk.size_bytes // 4096
+    for lba in range(sectors):
+        assert target.disk.write(lba * 4096, lba.to_bytes(4096, "little")) == 0
+    target.ftl.program_buffers()
+    store.oob[:] = 0xFF
+    for _ in range(3):
+        for lba in range(1, sectors, 2):
+            assert target.disk.write(lba * 4096, lba.to_bytes(4096, "little")) == 0
+    assert target.ftl.stats()["gc_sectors_moved"] > 0
+    for lba in range(sectors):
+        assert target.disk.read(lba * 4096, 4096) == lba.to_bytes(4096, "little")
+
+
 def test_after_a_host_crash_damaged_sectors_lose_to_older_intact_ones(tmp_path: Path) -> None:
     """Power loss under durability host: a newer copy whose data never reached the disk does not win."""
     target = open_target(open_file(image(tmp_path), SMALL), durability="host")

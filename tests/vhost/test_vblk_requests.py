@@ -278,3 +278,10 @@ def test_statistics_count_requests_errors_and_bytes(rig: BlkRig) -> None:
         "bytes_read": 512,
         "bytes_written": 4096,
     }
+
+
+def test_an_identification_longer_than_a_step_is_an_io_error() -> None:
+    with BlkRig() as rig:
+        request = rig.request(GET_ID, in_size=(1 << 20) + 1)
+        assert rig.run(request) == IOERR
+        assert request.data == b"\x55" * request.data_size

@@ -311,6 +311,29 @@ def test_a_kick_before_enable_is_remembered() -> None:
         assert request.status == OK
 
 
+@pytest.mark.parametrize("layout", [Split, Packed])
+@pytest.mark.parametrize("change", ["mem_reset", "mem_remove", "get_base"])
+def test_a_request_that_was_under_way_when_its_ring_was_disabled_ends_before_its_memory_goes(
+    layout: type, change: str
+) -> None:
+    with BlkRig(layout) as rig:
+        request = rig.request(IN, in_size=5 * MIB)  # more than one turn moves
+        rig.queue.submit(request.chain)
+        assert rig.device.process(64) == 0
+        rig.device.vring_enable(0, False)
+        region = rig.memory.regions[0]
+        if change == "mem_reset":
+            rig.device.mem_reset()
+        elif change == "mem_remove":
+            rig.device.mem_remove(region.gpa, region.size, region.user_addr)
+        else:
+            rig.device.vring_get_base(0)
+        assert request.status == OK
+        assert len(rig.queue.completed()) == 1
+        rig.device.vring_enable(0, True)
+        assert rig.device.process(64) == 0
+
+
 def test_without_protocol_features_a_ring_needs_no_enable() -> None:
     with BlkRig(start=False) as rig:
         rig.device.set_features(rig.features & ~(1 << 30))
