@@ -6,7 +6,7 @@ What a queue does is in ``native/nvmeq.pxd``, what a command does in ``native/nv
 ``install_operations`` below. Every method that touches shared state holds the reactor's lock while it does.
 """
 
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memset
 
@@ -104,6 +104,7 @@ cdef outcome_t execute(nvmeq_t *q, const sqe_t *s) noexcept nogil:
         o.status = find_namespace(q, s, &io.ns)
         if o.status == NVME_OK:
             o.status = execute_row(&io, op) if op.kinds >> io.ns.kind & 1 else NVME_INVALID_OPCODE
+            q.turn_bytes -= <int64_t>io.data_bytes
     o.result = io.result
     o.due_ns = io.due_ns
     return o

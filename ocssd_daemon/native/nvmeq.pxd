@@ -10,7 +10,7 @@ Queue 0 is the admin pair: its completions and interrupts are handled here, its 
 Everything here runs under the reactor's lock. What a command does is nvme_exec.pxd's and nvme_flash.pxd's.
 """
 
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
 
 from ocssd_daemon.native.disk cimport disk_t
@@ -36,6 +36,7 @@ cdef enum:
     FUSE_FIRST = 1
     FUSE_SECOND = 2
     QUEUE_TURN = 32             # commands that one queue may run before the next one has its turn
+    TURN_BYTES = 4 << 20        # moved per poll; the command that exceeds it is the last of the turn
 
 cdef enum:                      # codes of reactor reports
     REPORT_BAD_DOORBELL = 1
@@ -121,6 +122,7 @@ ctypedef struct nvmeq_t:
     bint write_through          # the volatile write cache is off: every write is FUA
     uint32_t turn               # queue that comes first in the next poll
     uint32_t io_queues          # active I/O submission queues
+    int64_t turn_bytes          # what this poll may still move
     sq_t sq[QUEUES_MAX]
     cq_t cq[QUEUES_MAX]
     namespace_t ns[NAMESPACES_MAX + 1]      # by NSID; entry 0 is never used
@@ -400,7 +402,7 @@ cdef inline int run_queue(nvmeq_t *self, uint32_t qid, int budget) noexcept nogi
     cdef int done = 0, served
     if sq.head == tail:
         return 0
-    while sq.head != tail and done < budget and cq_room(self, sq.cqid) > 0:
+    while sq.head != tail and done < budget and self.turn_bytes > 0 and cq_room(self, sq.cqid) > 0:
         served = run_one(self, qid, tail)
         if served == 0:
             break
@@ -420,6 +422,7 @@ cdef inline int nvmeq_poll(source_t *source, int budget) noexcept nogil:
     if self.io_queues == 0 or self.by_message:
         return 0
     qid = self.turn
+    self.turn_bytes = TURN_BYTES
     for _ in range(self.queue_count):
         qid += 1
         if qid >= self.queue_count:
@@ -429,7 +432,7 @@ cdef inline int nvmeq_poll(source_t *source, int budget) noexcept nogil:
             done += n
             if n:
                 self.turn = qid
-    if done >= budget:
+    if done >= budget or self.turn_bytes <= 0:
         source.more = 1
     return done
 

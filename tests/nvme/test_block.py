@@ -7,6 +7,8 @@ import random
 import struct
 
 import pytest
+from ocssd_daemon._fast import Reactor
+from ocssd_daemon._nvme import GuestMemory, NvmeQueues
 
 from ocssd_daemon.protocol.nvme.commands import sqe
 from tests.kit.nvme_host import CSTS, PAGE
@@ -300,3 +302,23 @@ def test_a_client_without_shared_memory_is_served_by_messages(start):
     assert host.client.dma_messages > 80
     assert fused(host, bytes(LBA), data[:LBA]) == [0, 0]
     assert host.io(0x02, address=1 << 40, count=LBA, dwords=blocks(0, 1)).status == 0x4004
+
+
+def test_a_queue_that_is_gone_has_no_places_and_serves_nothing():
+    """What is asked between two messages of a client that resets the controller meanwhile."""
+    reactor = Reactor(0)
+    queues = NvmeQueues(reactor, GuestMemory(reactor), bytearray(4096), 1)
+    try:
+        assert queues.next_place(1) is None
+        assert queues.cq_places(1) == (0, [])
+        assert queues.run_next(1) == 0
+    finally:
+        queues.close()
+
+
+def test_overlapping_ranges_of_one_deallocation_are_gone_over_at_most_once(host):
+    sectors = 900
+    assert host.write_blocks(0, b"x" * LBA).status == 0
+    ranges = host.put(struct.pack("<IIQ", 0, sectors, 0) * 256)
+    assert host.io(0x09, address=ranges, count=4096, dwords=struct.pack("<II", 255, 4)).status == 0
+    assert host.read_blocks(0, 1)[1] == bytes(LBA)
