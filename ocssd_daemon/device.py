@@ -60,7 +60,7 @@ class Device:
             self.ftl = self.target.ftl if self.target else None
             self.physics = _physics(settings, self.store, self.media, self.ftl, fresh, clock == "virtual")
         except BaseException:
-            self.store.close()
+            self.store.abandon()
             raise
         self.ftl_owns = np.zeros(self.geometry.total_pus, np.uint8)
         self.ftl_owns[owned] = 1

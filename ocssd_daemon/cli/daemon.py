@@ -138,9 +138,24 @@ def main(**flags: Any) -> None:
     except sets.SettingsError as error:
         fail(str(error), 2)
     if flags["check"]:
+        _check_device(settings, sets.named(*layers))
         _say_checked(settings)
         return
     sys.exit(_serve(settings, flags, sets.named(*layers)))
+
+
+def _check_device(settings: sets.Settings, named: frozenset[str]) -> None:
+    """Refuse what is sound one by one but makes no device; an image that exists decides for itself."""
+    import msgspec
+
+    from ocssd_daemon.device import Device, DeviceError
+
+    if settings.store and os.path.exists(settings.store) and os.path.getsize(settings.store):
+        return
+    try:
+        Device(msgspec.structs.replace(settings, store=None), named, clock="virtual").close()
+    except (sets.SettingsError, DeviceError) as error:
+        fail(str(error), 2)
 
 
 def _say_checked(settings: sets.Settings) -> None:
@@ -152,7 +167,7 @@ def _say_checked(settings: sets.Settings) -> None:
 
 
 def _serve(settings: sets.Settings, flags: dict[str, Any], named: frozenset[str]) -> int:
-    # Imported late: --help, --check and a wrong setting need none of it.
+    # Imported late: --help and a wrong setting need none of it.
     import trio
 
     from ocssd_daemon.daemon import Daemon, Options

@@ -100,6 +100,8 @@ class Store:
         self.layout: Layout = layout_of(superblock.geometry)
         self._memory = memory
         self._generation = 0
+        self._bytes_before: int | None = None  # of a file that this start formatted
+        self._created = False
         g = superblock.geometry
         self.chunks = self._view(self.layout.chunks, CHUNK_DTYPE)
         self.l2p = self._view(self.layout.l2p, np.dtype("<u4"))
@@ -158,6 +160,15 @@ class Store:
             fcntl.flock(self.fd, fcntl.LOCK_UN)  # the mapping has a descriptor of its own, which may live on
             os.close(self.fd)
             self.fd = -1
+
+    def abandon(self) -> None:
+        """Close after a start that failed: a file that it formatted is again what it was."""
+        if self.fd >= 0 and self.path is not None and self._bytes_before is not None:
+            os.ftruncate(self.fd, 0)
+            os.ftruncate(self.fd, self._bytes_before)
+            if self._created:
+                os.unlink(self.path)
+        self.close()
 
 
 def open_ram(geometry: Geometry, keep_data: bool = True) -> Store:
@@ -265,7 +276,9 @@ def open_file(path: str, wanted: Geometry, explicit: bool = False) -> Store:
     created = not os.path.exists(path)
     fd = _open_fd(path)
     try:
-        return _open_image(fd, path, wanted, explicit)
+        store = _open_image(fd, path, wanted, explicit)
+        store._created = created
+        return store
     except BaseException:
         os.close(fd)
         if created:
@@ -296,6 +309,7 @@ def _open_image(fd: int, path: str, wanted: Geometry, explicit: bool) -> Store:
             raise StoreError(f"{path}: damaged chunk table: {damaged} entries reach beyond their chunk")
         store._generation = found[0]
     else:
+        store._bytes_before = size_bytes
         store.save_superblock()  # first: a start that is killed in between leaves an image that is known as ours
     if superblock.is_fresh:
         store.format_chunks()

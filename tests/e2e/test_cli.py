@@ -45,6 +45,34 @@ def test_check_says_what_the_device_would_be_and_starts_nothing(tmp_path: Path) 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("arguments", "key"),
+    [
+        (["--size", "1M"], "geometry.chunks = 1"),
+        (["--size", "16M", "--set", "ftl.op=0.02"], "ftl.op = 0.02"),
+        (["--set", "geometry.sector_bytes=512", "--set", "ftl.block_bytes=4096"], "ftl.block_bytes = 4096"),
+        (["--set", "ftl.pus=0-8"], "ftl.pus = 0-8"),
+        (["--set", "geometry.maxocpu=1"], "geometry.maxocpu = 1"),
+    ],
+)
+def test_check_refuses_what_the_start_would_refuse(tmp_path: Path, arguments: list[str], key: str) -> None:
+    checked = run_daemon("--check", *arguments, "--store", tmp_path / "image")
+    started = run_daemon("--nbd", f"unix:{tmp_path}/nbd", *arguments, "--store", tmp_path / "image")
+    assert (checked.returncode, checked.stderr) == (2, started.stderr)
+    assert key in checked.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_refused_start_leaves_an_empty_file_as_it_was(tmp_path: Path) -> None:
+    store = tmp_path / "image"
+    store.touch()
+    start = ("--nbd", "unix:-", "--store", store, "--run", "true")
+    assert run_daemon(*start, "--size", "1M").returncode == 2
+    assert store.stat().st_size == 0
+    done = run_daemon(*start, "--size", "64M")
+    assert done.returncode == 0, done.stderr
+
+
 # ocssd-daemon: its life
 
 
