@@ -8,6 +8,7 @@ them, and a client that announces 32 MiB makes us allocate nothing.
 """
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.string cimport memcpy
 
 from ocssd_daemon.native.disk cimport (
     DISK_FUA, DISK_PIECE_BYTES, DISK_UNMAP, disk_discard, disk_flush, disk_read, disk_write, disk_write_zeroes,
@@ -239,6 +240,16 @@ cdef inline void status_end_run(nbd_conn_t *c, op_t *op) noexcept nogil:
     op.run_bytes = 0
 
 
+cdef inline void status_post(nbd_conn_t *c, op_t *op) noexcept nogil:
+    """A short reply joins the others: what is unsent is counted in its bytes, not in those of a block for the longest."""
+    cdef char *reply = out_room(&c.out, op.chunk_at) if op.chunk_at <= SMALL_READ_BYTES else NULL
+    if reply == NULL:
+        op_post_block(c, op, op.chunk_at)
+        return
+    memcpy(reply, op.block.data, op.chunk_at)
+    op_post(c, op, reply, op.chunk_at)
+
+
 cdef inline step_t status_end_chunk(nbd_conn_t *c, op_t *op, uint32_t context) noexcept nogil:
     cdef uint32_t n = status_payload_bytes(c) + op.extents * extent_bytes(c)
     cdef char *p = op.block.data + op.chunk_at
@@ -253,7 +264,7 @@ cdef inline step_t status_end_chunk(nbd_conn_t *c, op_t *op, uint32_t context) n
     op.cursor_bytes = op.request.offset_bytes
     if op.contexts:
         return STEP_MORE
-    op_post_block(c, op, op.chunk_at)
+    status_post(c, op)
     return op_finish(c)
 
 
