@@ -49,6 +49,7 @@ class Superblock(msgspec.Struct):
 
     geometry: Geometry
     uuid: str
+    formatted: bool = False  # the chunk table was made; until then a killed first start is simply repeated
     clean: bool = False
     boot_id: str = ""
     durability: str = "process"
@@ -298,7 +299,7 @@ def _open_image(fd: int, path: str, wanted: Geometry, explicit: bool) -> Store:
         raise StoreError(f"{path}: {_difference(superblock.geometry, wanted)}")
     layout = layout_of(superblock.geometry)
     size_bytes = os.fstat(fd).st_size
-    if found and not superblock.is_fresh and size_bytes < layout.size_bytes:
+    if found and superblock.formatted and size_bytes < layout.size_bytes:
         raise StoreError(
             f"{path}: is cut short, {size_bytes} of {layout.size_bytes} bytes; restore it, or use another file"
         )
@@ -311,8 +312,9 @@ def _open_image(fd: int, path: str, wanted: Geometry, explicit: bool) -> Store:
     else:
         store._bytes_before = size_bytes
         store.save_superblock()  # first: a start that is killed in between leaves an image that is known as ours
-    if superblock.is_fresh:
+    if not superblock.formatted:
         store.format_chunks()
+        store.save_superblock(formatted=True)
     return store
 
 
