@@ -356,8 +356,8 @@ def serve_until_killed(crash: Crash, base: int) -> int:
     return pid
 
 
-# Open: after 25 kills the packed ring fails here in about one run of twenty; the seed that is printed does not replay it.
-UNEXPLAINED = pytest.mark.xfail(reason="rare failure after many kills of a packed ring, not explained yet", strict=False)
+# Open: after 25 kills the packed ring fails here in about one run of twenty; the printed seed does not replay it.
+UNEXPLAINED = pytest.mark.xfail(reason="rare failure after many kills, not explained yet", strict=False)
 
 
 @pytest.mark.parametrize("layout", [Split, pytest.param(Packed, marks=UNEXPLAINED)])
