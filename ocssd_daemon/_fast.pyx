@@ -205,9 +205,9 @@ cdef class Ftl:
     Starts on what the flash holds: ``load`` after a clean stop, ``recover`` otherwise; one of them must be called first.
     """
 
-    def __cinit__(self, Media media, uint32_t capacity_sectors, *, pus=None, str victim="cost-benefit", int frontiers=2,
-                  uint32_t reserve_lines=2, uint32_t d_choices=8, uint32_t wear_spread=16, uint64_t seed=1,
-                  bint host_durable=False):
+    def __cinit__(self, Media media, uint32_t capacity_sectors, *, pus=None, str victim="greedy", int frontiers=2,
+                  uint32_t reserve_lines=2, uint32_t d_choices=8, uint32_t wear_spread=16, double settle=0.5,
+                  uint64_t seed=1, bint host_durable=False):
         cdef ftl_t *f = &self.f
         g = &media.m.geometry
         targets = np.arange(g.total_pus, dtype=np.uint32) if pus is None else np.ascontiguousarray(pus, dtype=np.uint32)
@@ -237,6 +237,7 @@ cdef class Ftl:
         f.reserve_lines = reserve_lines
         f.d_choices = d_choices
         f.wear_spread = wear_spread
+        f.settle = settle if victim == "greedy" and frontiers == 2 else 0
         f.rng = seed * 2 + 1
         f.host_durable = host_durable
 
@@ -252,6 +253,7 @@ cdef class Ftl:
             "line_failed": np.zeros(f.n_lines, np.uint8),
             "line_erases": np.zeros(f.n_lines, np.uint32),
             "line_closed_seq": np.zeros(f.n_lines, np.uint64),
+            "line_settled_at": np.zeros(f.n_lines, np.uint64),
             "user_chunks": np.zeros(f.n_pus, np.uint32),
             "gc_chunks": np.zeros(f.n_pus, np.uint32),
         }
@@ -264,6 +266,7 @@ cdef class Ftl:
         f.line_failed = <uint8_t *>pointer_of(views["line_failed"])
         f.line_erases = <uint32_t *>pointer_of(views["line_erases"])
         f.line_closed_seq = <uint64_t *>pointer_of(views["line_closed_seq"])
+        f.line_settled_at = <uint64_t *>pointer_of(views["line_settled_at"])
         f.user.chunks = <uint32_t *>pointer_of(views["user_chunks"])
         f.gc.chunks = <uint32_t *>pointer_of(views["gc_chunks"])
 

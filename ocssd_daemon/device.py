@@ -209,6 +209,7 @@ def _open_target(settings: Settings, named: frozenset[str], store: Store, owned:
             reserve_lines=ftl.reserve_lines,
             d_choices=ftl.d_choices,
             wear_spread=ftl.wear_spread,
+            settle=ftl.settle,
             seed=settings.seed,
             early_reset=settings.nvme.early_reset,
             multi_reset=settings.nvme.multi_reset,

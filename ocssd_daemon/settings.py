@@ -69,6 +69,9 @@ class FtlSettings(Section, frozen=True):
     wear_spread: Annotated[
         int, _int(0, 1 << 24, "P/E cycles between lines that start static wear levelling; 0: never")
     ] = 16
+    settle: Annotated[
+        float, _number_from(0.0, 1.0, "share of the spare space that is written before greedy takes a line of fresh data")
+    ] = 0.5
     frontiers: Annotated[int, _int(1, 2, "open lines: 2 keeps user data and moved data apart")] = 2
     reserve_lines: Annotated[int, _int(2, 1 << 16, "free lines that only garbage collection may use")] = 2
     block_bytes: Annotated[

@@ -114,6 +114,7 @@ ctypedef struct ftl_t:
     uint32_t refresh_lines      # closed lines to refresh
     uint32_t *line_erases       # [n_lines] mean P/E cycles of its chunks
     uint64_t *line_closed_seq   # [n_lines] age
+    uint64_t *line_settled_at   # [n_lines] user_sectors_written from which on greedy may take it; 0: at any time
     uint32_t free_lines
     uint32_t pending_lines
     uint32_t short_lines        # lines with at least one OFFLINE chunk
@@ -129,6 +130,8 @@ ctypedef struct ftl_t:
     uint8_t policy
     uint32_t d_choices
     uint32_t wear_spread        # P/E difference that starts static wear levelling; 0: never
+    double settle               # share of the spare space that is written before greedy takes a line of the user's
+    uint64_t settle_sectors     # that many sectors; 0: takes any
     uint64_t rng
     # garbage collection in progress
     uint32_t victim
@@ -238,6 +241,8 @@ cdef inline bint frontier_open(ftl_t *f, frontier_t *w) noexcept nogil:
 cdef inline void frontier_close(ftl_t *f, frontier_t *w) noexcept nogil:
     f.line_state[w.line] = LINE_CLOSED
     f.line_closed_seq[w.line] = f.seq
+    # What GC moved has proved to be cold already; with one frontier nobody can tell.
+    f.line_settled_at[w.line] = f.user_sectors_written + f.settle_sectors if w != f.moved else 0
     w.line = NO_LINE
     w.fill = w.programmed = 0
 

@@ -84,6 +84,25 @@ cdef inline uint32_t emptiest_line(const ftl_t *f) noexcept nogil:
     return best
 
 
+cdef inline uint32_t emptiest_settled_line(const ftl_t *f) noexcept nogil:
+    """Greedy, but data that the user has just written gets time to be overwritten before it is moved.
+
+    The age threshold of Menon and Stockmeyer (1998). A line of the user's frontier is passed over until ``settle_sectors``
+    were written after it, unless nothing in it is valid or no other line has garbage.
+    """
+    cdef uint32_t line, best = NO_LINE, best_valid = f.n_pus * f.media.geometry.sectors
+    for line in range(f.n_lines):
+        if f.line_state[line] != LINE_CLOSED:
+            continue
+        if f.line_failed[line]:
+            return line
+        if f.line_valid[line] < best_valid and (
+                f.line_settled_at[line] <= f.user_sectors_written or f.line_valid[line] == 0):
+            best = line
+            best_valid = f.line_valid[line]
+    return best if best != <uint32_t>NO_LINE else emptiest_line(f)
+
+
 cdef inline uint32_t line_good_sectors(const ftl_t *f, uint32_t line) noexcept nogil:
     """What the line will hold once it is erased."""
     cdef uint32_t pu, good = 0
@@ -146,7 +165,7 @@ cdef inline uint32_t urgent_victim(const ftl_t *f) noexcept nogil:
 
 cdef inline uint32_t policy_victim(ftl_t *f) noexcept nogil:
     if f.policy == VICTIM_GREEDY:
-        return emptiest_line(f)
+        return emptiest_settled_line(f)
     if f.policy == VICTIM_D_CHOICES:
         return sampled_victim(f, f.d_choices)
     if f.policy == VICTIM_RANDOM:
@@ -214,6 +233,14 @@ cdef inline void become_read_only(ftl_t *f) noexcept nogil:
     f.read_only = 1
 
 
+cdef inline void settle_from_spare(ftl_t *f) noexcept nogil:
+    """How long the user's lines are left alone, from what is spare besides the lines that GC works with."""
+    cdef uint64_t needed = f.capacity_sectors + (f.reserve_lines + 1) * <uint64_t>f.n_pus * f.media.geometry.sectors
+    f.settle_sectors = 0
+    if f.usable_sectors > needed:
+        f.settle_sectors = <uint64_t>(f.settle * <double>(f.usable_sectors - needed))
+
+
 cdef inline void recount_spare(ftl_t *f) noexcept nogil:
     """After a chunk went OFFLINE: is there still room for the data and for GC to work?"""
     cdef uint32_t line, pu, good
@@ -226,6 +253,7 @@ cdef inline void recount_spare(ftl_t *f) noexcept nogil:
         sectors += <uint64_t>good * f.media.geometry.sectors
         f.short_lines += good < f.n_pus
     f.usable_sectors = sectors
+    settle_from_spare(f)
     if sectors < f.capacity_sectors + <uint64_t>spare_lines(f) * f.n_pus * f.media.geometry.sectors:
         become_read_only(f)
 
