@@ -28,5 +28,6 @@ cdef class Disk:
     cdef _need_data(self)
 
 cdef class Reactor:
+    cdef Media media
     cdef reactor_t r
     cdef bint open

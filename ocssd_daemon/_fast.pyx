@@ -27,7 +27,7 @@ from ocssd_daemon.native.ftl cimport (
 from ocssd_daemon.native.gc cimport ftl_commit, ftl_slot, recount_spare, spare_lines
 from ocssd_daemon.native.media cimport (
     CHUNK_FAIL_RESET, CHUNK_FAIL_WRITE, CHUNK_OPEN, MEDIA_EARLY_RESET, MEDIA_HIGH_ECC, MEDIA_MULTI_RESET, MEDIA_OK,
-    chunk_t, media_copy, media_read, media_readable, media_reset, media_write,
+    chunk_t, media_copy, media_done_ns, media_read, media_readable, media_reset, media_write,
 )
 from ocssd_daemon.native.reactor cimport (
     reactor_close, reactor_init, reactor_lock, reactor_run, reactor_stop, reactor_t, reactor_unlock,
@@ -109,6 +109,11 @@ cdef class Media:
     @now_ns.setter
     def now_ns(self, uint64_t value):
         self.m.now_ns = value
+
+    @property
+    def done_ns(self):
+        """When the last command ends; its own time when nothing takes any."""
+        return max(self.m.now_ns, media_done_ns(&self.m))
 
     def recount_open(self):
         """After chunk states were changed from outside: how many chunks are open, for maxoc and maxocpu."""
@@ -207,7 +212,7 @@ cdef class Ftl:
 
     def __cinit__(self, Media media, uint32_t capacity_sectors, *, pus=None, str victim="greedy", int frontiers=2,
                   uint32_t reserve_lines=2, uint32_t d_choices=8, uint32_t wear_spread=16, double settle=0.5,
-                  uint64_t seed=1, bint host_durable=False):
+                  uint64_t seed=1, bint host_durable=False, bint retire=True):
         cdef ftl_t *f = &self.f
         g = &media.m.geometry
         targets = np.arange(g.total_pus, dtype=np.uint32) if pus is None else np.ascontiguousarray(pus, dtype=np.uint32)
@@ -240,6 +245,7 @@ cdef class Ftl:
         f.settle = settle if victim == "greedy" and frontiers == 2 else 0
         f.rng = seed * 2 + 1
         f.host_durable = host_durable
+        f.retire = retire
 
     cdef _allocate(self, targets):
         cdef ftl_t *f = &self.f
@@ -376,6 +382,7 @@ cdef class Ftl:
     COUNTERS = (
         "user_sectors_written", "user_sectors_read", "user_sectors_trimmed", "gc_sectors_moved", "padded_sectors",
         "gc_runs", "wear_runs", "stalls", "chunks_failed", "chunks_erased", "flushes", "recovered_sectors",
+        "lost_sectors",
     )
 
     def stats(self):
@@ -401,6 +408,8 @@ cdef class Ftl:
             "flushes": f.flushes,
             "recovered_sectors": f.recovered_sectors,
             "lines_refreshed": f.lines_refreshed,
+            "chunks_retired": f.chunks_retired,
+            "lost_sectors": f.lost_sectors,
             "read_failures": f.read_failures,
             "read_only": bool(f.read_only),
             "lines": {name: int(states[value]) for name, value in LINE_STATES.items()},
@@ -421,6 +430,7 @@ cdef class Ftl:
         f.chunks_erased = counters.get("chunks_erased", 0)
         f.flushes = counters.get("flushes", 0)
         f.recovered_sectors = counters.get("recovered_sectors", 0)
+        f.lost_sectors = counters.get("lost_sectors", 0)
 
 
 cdef class Disk:
@@ -580,6 +590,12 @@ cdef class Reactor:
 
     def stop(self):
         reactor_stop(&self.r)
+
+    def follow(self, Media media):
+        """Let completions follow what suspends the programs of *media* that they wait for. The media must outlive the loop."""
+        self.media = media
+        with self.paused():
+            self.r.timing = &media.m.timing
 
     def paused(self):
         """Context manager: the loop stands still, and shared state may be looked at and changed."""

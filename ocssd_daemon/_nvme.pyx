@@ -28,7 +28,7 @@ from ocssd_daemon.native.nvme_exec cimport (
     raw_reset, run_compare, run_dsm, run_flush, run_read, run_verify, run_write, run_zeroes, step_t,
 )
 from ocssd_daemon.native.nvme_flash cimport (
-    KIND_BLOCK, MARK_SHIFT, fault_t, flash_copy, flash_ns_t, flash_read, flash_req_t, flash_reset, flash_write, is_foreign,
+    KIND_BLOCK, MARK_SHIFT, flash_copy, flash_ns_t, flash_read, flash_req_t, flash_reset, flash_write, is_foreign,
 )
 from ocssd_daemon.native.nvme_wire cimport (
     IO_COMPARE, IO_DSM, IO_FLUSH, IO_READ, IO_VECTOR_COPY, IO_VECTOR_READ, IO_VECTOR_RESET, IO_VECTOR_WRITE, IO_VERIFY,
@@ -53,7 +53,6 @@ class MemoryFault(Exception):
     """A guest address that is not there, or may not be used that way."""
 
 
-FAULT_DTYPE = np.dtype([("chunk", "<u4"), ("sector", "<u4"), ("chance", "<u4")])
 
 cdef extern from "sys/epoll.h" nogil:
     uint32_t EPOLLIN
@@ -277,7 +276,7 @@ cdef class NvmeQueues:
             ns.disk = &disk.d
             ns.kind = KIND_BLOCK
 
-    def add_raw(self, namespace, foreign, *, write_faults=None, reset_faults=None, uint64_t seed=1):
+    def add_raw(self, namespace, foreign):
         """A ``nvme.namespaces.RawNamespace``; *foreign* is a uint8 array, one per PU of the device, shared by reference."""
         cdef Media media = namespace.media
         cdef namespace_t *ns = &self.q.ns[<uint32_t>namespace.nsid]
@@ -294,27 +293,12 @@ cdef class NvmeQueues:
             flash.fill = 0xff if namespace.dlfeat & 7 == 2 else 0
             flash.chunk_base = namespace.chunk_base
             flash.foreign = &owners[0]
-            flash.rng = seed * 2 + 1
             self.kept += [media, foreign]
-            self._arm_faults(flash, write_faults, reset_faults)
             ns.size_lbas = namespace.size_lbas
             ns.lba_shift = namespace.lba_bytes.bit_length() - 1
             ns.read_only = namespace.read_only
             ns.kind = namespace.kind
         self.raw[namespace.nsid] = namespace
-
-    cdef _arm_faults(self, flash_ns_t *flash, write_faults, reset_faults):
-        cdef const unsigned char[::1] view
-        for array, is_write in ((write_faults, True), (reset_faults, False)):
-            if array is None or len(array) == 0:
-                continue
-            packed = np.ascontiguousarray(array, FAULT_DTYPE)
-            view = packed.view(np.uint8)
-            self.kept.append(packed)
-            if is_write:
-                flash.write_faults, flash.write_fault_count = <fault_t *>&view[0], <uint32_t>len(packed)
-            else:
-                flash.reset_faults, flash.reset_fault_count = <fault_t *>&view[0], <uint32_t>len(packed)
 
     # -- queues (ports.Queues)
 
@@ -378,9 +362,9 @@ cdef class NvmeQueues:
             self.q.ns[nsid].flash.dulbe = enabled
             self.q.ns[nsid].disk_dulbe = enabled
 
-    def set_media_feedback(self, uint32_t nsid, bint enabled):
+    def set_media_feedback(self, uint32_t nsid, uint8_t bits):
         with self.reactor.paused():
-            self.q.ns[nsid].flash.feedback = enabled
+            self.q.ns[nsid].flash.feedback = bits
 
     def set_write_cache(self, bint enabled):
         with self.reactor.paused():
@@ -587,7 +571,6 @@ cdef class Flash:
         self.ns.fill = 0xff if namespace.dlfeat & 7 == 2 else 0
         self.ns.chunk_base = namespace.chunk_base
         self.ns.foreign = &owners[0]
-        self.ns.rng = 1
         self.kept = (media, foreign)
 
     def set_dulbe(self, bint enabled):

@@ -7,18 +7,18 @@ never ages. Not thread-safe by themselves: while a Reactor runs, use them inside
 """
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free
-from libc.string cimport memcpy, memset
+from libc.stdlib cimport calloc, free, realloc
+from libc.string cimport memset
 
 import numpy as np
 
 from ocssd_daemon._fast cimport Media
-from ocssd_daemon.native.faults cimport RULES_MAX, TRIGGER_MAX, faults_t, rule_t
+from ocssd_daemon.native.faults cimport RULES_MAX, faults_t, rule_t
 from ocssd_daemon.native.media cimport media_age_ns
 from ocssd_daemon.native.sys cimport now_ns
 from ocssd_daemon.native.timing cimport (
-    held_t, pu_time_t, timeline_cut_in, timeline_forget, timeline_reserve, timeline_t,
-    timing_begin, timing_erase, timing_program, timing_sense, timing_t,
+    NO_PU, held_t, pu_time_t, timeline_cut_in, timeline_forget, timeline_reserve, timeline_t,
+    timing_begin, timing_erase, timing_program, timing_revised, timing_sense, timing_t, timing_told, wait_t,
 )
 from ocssd_daemon.native.wear cimport NOTICES, wear_error_mean, wear_read, wear_t
 
@@ -41,8 +41,11 @@ cdef class Timing:
         t.held = <held_t *>calloc(t.held_cap, sizeof(held_t))
         if t.pus == NULL or t.channels == NULL or t.held == NULL:
             raise MemoryError
+        t.flushed.pu = t.last.pu = NO_PU
         self.latency = latency
         self._copy_numbers()
+        self.kinds = np.array(latency.kinds_of_rows(geometry.sectors), np.uint8)
+        t.kind_of_row = <const uint8_t *><size_t>self.kinds.ctypes.data
 
     def __dealloc__(self):
         free(self.t.pus)
@@ -89,20 +92,34 @@ cdef class Timing:
 
     def sense(self, uint32_t pu, uint32_t chunk, uint32_t sector, uint64_t ready_ns=0, uint64_t extra_ns=0,
               bint background=False):
-        self._check(pu)
+        self._check(pu, sector, 1)
         return timing_sense(&self.t, pu, chunk, sector, ready_ns, extra_ns, background)
 
     def program(self, uint32_t pu, uint32_t sector, uint32_t n, uint64_t ready_ns=0):
-        self._check(pu)
+        self._check(pu, sector, n)
         return timing_program(&self.t, pu, sector, n, ready_ns)
 
     def erase(self, uint32_t pu, uint64_t ready_ns=0):
         self._check(pu)
         return timing_erase(&self.t, pu, ready_ns)
 
-    def _check(self, uint32_t pu):
+    def revised(self, uint32_t pu, uint64_t end_ns, uint64_t shifted_ns):
+        """When a program or erase of *pu* really ends that was told to end at *end_ns*, when ``shifted_ns`` was that."""
+        self._check(pu)
+        cdef wait_t w = timing_told(&self.t, pu, end_ns)
+        w.shifted_ns = shifted_ns
+        return timing_revised(&self.t, &w)
+
+    def shifted_ns(self, uint32_t pu):
+        """How far interruptions have moved things back on *pu*, all together."""
+        self._check(pu)
+        return self.t.pus[pu].shifted_ns
+
+    def _check(self, uint32_t pu, uint64_t sector=0, uint64_t n=0):
         if pu >= self.total_pus:
             raise ValueError(f"pu {pu}: there are {self.total_pus}")
+        if sector + n > len(self.kinds) * self.t.row_sectors:
+            raise ValueError(f"sectors {sector} to {sector + n}: a chunk has {len(self.kinds) * self.t.row_sectors}")
 
     def busy(self, uint32_t pu):
         """What is still known of the PU's busy slots: a list of (start, end)."""
@@ -134,7 +151,8 @@ cdef class Timeline:
         return timeline_reserve(&self.line, earliest_ns, length_ns)
 
     def cut_in(self, uint64_t start_ns, uint64_t length_ns):
-        return bool(timeline_cut_in(&self.line, start_ns, length_ns))
+        """By how much everything behind moved; 0 when nothing was in the way."""
+        return timeline_cut_in(&self.line, start_ns, length_ns)
 
     def slots(self):
         return slots_of(&self.line)
@@ -167,17 +185,28 @@ cdef class Faults:
         self.f.chunks = geometry.chunks
         self.f.rng = (seed * 2 + 1) * 0x9e3779b97f4a7c15u | 1
         self.texts = {}
+        self.triggers = {}
         self.last_id = 0
+
+    def __dealloc__(self):
+        free(self.f.rules)
+
+    cdef rule_t *_place(self) except NULL:
+        """Room for one more rule at the end."""
+        cdef rule_t *grown
+        if self.f.n == RULES_MAX:
+            raise ValueError(f"at most {RULES_MAX} fault rules")
+        if self.f.n & (self.f.n - 1) == 0:      # full at powers of two
+            grown = <rule_t *>realloc(self.f.rules, max(1, 2 * self.f.n) * sizeof(rule_t))
+            if grown == NULL:
+                raise MemoryError
+            self.f.rules = grown
+        return &self.f.rules[self.f.n]
 
     def add(self, rule):
         """Append a rule. Returns its id. Raises ValueError when there are too many."""
-        cdef rule_t *r
-        if self.f.n == RULES_MAX:
-            raise ValueError(f"at most {RULES_MAX} fault rules")
-        path = rule.trigger.encode()
-        if len(path) >= TRIGGER_MAX:
-            raise ValueError(f"trigger path of {len(path)} bytes")
-        r = &self.f.rules[self.f.n]
+        cdef rule_t *r = self._place()
+        cdef bytes path = rule.trigger.encode()
         memset(r, 0, sizeof(rule_t))
         r.operations, r.action, r.amount = rule.operations, rule.action, rule.amount
         r.group.first, r.group.last = rule.group
@@ -186,8 +215,10 @@ cdef class Faults:
         r.sector.first, r.sector.last = rule.sector
         r.chance_of_2_32 = <uint64_t>(rule.chance * 4294967296.0)
         r.every, r.after, r.times = rule.every, rule.after, rule.times
-        memcpy(r.trigger, <const char *>path, len(path))
         self.last_id += 1
+        if path:
+            self.triggers[self.last_id] = path      # keeps the bytes
+            r.trigger = path
         r.id = self.last_id
         self.texts[r.id] = rule.text
         self.f.n += 1
@@ -197,6 +228,7 @@ cdef class Faults:
         """Take a rule out. Raises KeyError when there is none of that id."""
         cdef uint32_t i, j
         del self.texts[rule_id]
+        self.triggers.pop(rule_id, None)
         for i in range(self.f.n):
             if self.f.rules[i].id == rule_id:
                 for j in range(i, self.f.n - 1):
@@ -237,6 +269,7 @@ cdef class Wear:
         w.sector_bits = 8.0 * geometry.sector_bytes
         w.pe_limit, w.ecc_bits, w.retries = model.pe_limit, model.ecc_bits, model.retries
         w.wear_delta = model.wear_delta
+        w.refresh = model.refresh
         w.retry_ns = retry_ns
         w.rng = (seed * 2 + 1) * 0x9e3779b97f4a7c15u | 1
 
@@ -245,9 +278,11 @@ cdef class Wear:
             "bits_corrected": self.w.bits_corrected,
             "retried_reads": self.w.retried_reads,
             "high_ecc_reads": self.w.high_ecc_reads,
+            "very_high_ecc_reads": self.w.very_high_ecc_reads,
             "uncorrectable_reads": self.w.uncorrectable_reads,
             "program_failures": self.w.program_failures,
             "erase_failures": self.w.erase_failures,
+            "chunks_refreshed": self.w.chunks_refreshed,
             "notices": self.w.noticed,
         }
 
@@ -256,7 +291,7 @@ cdef class Wear:
         return wear_error_mean(&self.w, cycles, limit, reads, days)
 
     def read(self, double mean):
-        """One read with *mean* expected errors: (outcome, retry levels). 0 good, 1 high ECC effort, 2 uncorrectable."""
+        """One read with *mean* expected errors: (outcome, retry levels). 0 good, 1 high ECC effort, 2 very high, 3 uncorrectable."""
         return wear_read(&self.w, mean), self.w.levels
 
     def notices(self, uint64_t since=0):
@@ -275,21 +310,23 @@ cdef class Wear:
 
 def attach_wear(Media media, Wear wear, uint64_t age_ns=0, bint virtual=False):
     """Let the flash of *media* age (None: not); the drive is *age_ns* old now."""
+    media.m.age_ns = age_ns
     if wear is None:
         media.m.wear = NULL
         media.attached.pop("wear", None)
-        return
+    else:
+        media.m.wear = &wear.w
+        media.attached["wear"] = wear
     if virtual:
         media.m.clock = NULL
         media.m.born_ns = media.m.now_ns
     else:
         media.m.clock = monotonic_ns
         media.m.now_ns = media.m.born_ns = now_ns()
-    media.m.age_ns = age_ns
-    media.m.wear = &wear.w
-    media.attached["wear"] = wear
 
 
 def age_of(Media media):
-    """How old the drive is, in ns."""
+    """How old the drive is, in ns, as of its last command or now."""
+    if media.m.clock != NULL:
+        media.m.now_ns = media.m.clock()
     return media_age_ns(&media.m)

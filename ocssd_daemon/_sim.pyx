@@ -18,15 +18,17 @@ import numpy as np
 
 from ocssd_daemon._fast cimport Disk
 from ocssd_daemon.native.disk cimport disk_harden, disk_t
-from ocssd_daemon.native.ftl cimport NO_PPA, ftl_sense, ftl_t, ftl_trim
+from ocssd_daemon.native.ftl cimport NO_PPA, ftl_sense, ftl_t, ftl_trim, may_be_lost
 from ocssd_daemon.native.gc cimport ftl_commit, ftl_read_fails, ftl_slot
-from ocssd_daemon.native.media cimport media_begin, media_done_ns, media_troubled
+from ocssd_daemon.native.media cimport media_begin, media_done_ns
+from ocssd_daemon.native.timing cimport NO_PU, timing_revised, wait_t
 
 cdef enum:
     OP_READ = 0
     OP_WRITE = 1
     OP_TRIM = 2
     OP_FLUSH = 3
+    NOT_RECORDED = 4
 
 cdef enum:
     PATTERN_UNIFORM = 0
@@ -137,9 +139,15 @@ cdef inline uint32_t draw_op(workload_t *w) noexcept nogil:
 
 # --- the host -----------------------------------------------------------------------------------------------------
 
+ctypedef struct flight_t:       # a request in flight
+    uint64_t end_ns
+    uint64_t from_ns            # its latency counts from here
+    wait_t program              # what it is the end of: a later read may suspend that
+    uint32_t op                 # NOT_RECORDED, or to be recorded when it has ended
+
 ctypedef struct host_t:
     disk_t *disk
-    uint64_t *ends              # heap: when the requests in flight end
+    flight_t *flights           # heap on end_ns
     uint32_t depth
     uint64_t now_ns
     uint64_t ios
@@ -149,18 +157,31 @@ ctypedef struct host_t:
     uint64_t max_ns[2]
 
 
-cdef inline void ends_replace(uint64_t *heap, uint32_t n, uint64_t value) noexcept nogil:
-    """The first to end has ended; put *value* in."""
+cdef inline void flights_replace(flight_t *heap, uint32_t n, const flight_t *item) noexcept nogil:
+    """Put *item* in the place of the first."""
     cdef uint32_t i = 0, child = 1
+    cdef flight_t kept = item[0]
     while child < n:
-        if child + 1 < n and heap[child + 1] < heap[child]:
+        if child + 1 < n and heap[child + 1].end_ns < heap[child].end_ns:
             child += 1
-        if heap[child] >= value:
+        if heap[child].end_ns >= kept.end_ns:
             break
         heap[i] = heap[child]
         i = child
         child = 2 * i + 1
-    heap[i] = value
+    heap[i] = kept
+
+
+cdef inline uint64_t flight_ends(host_t *h) noexcept nogil:
+    """When the first request in flight ends, after what has suspended programs meanwhile."""
+    cdef flight_t first
+    while h.flights[0].program.pu != <uint32_t>NO_PU:
+        first = h.flights[0]
+        first.end_ns = timing_revised(h.disk.ftl.media.timing, &first.program)
+        if first.end_ns <= h.flights[0].end_ns:
+            break
+        flights_replace(h.flights, h.depth, &first)
+    return h.flights[0].end_ns
 
 
 cdef inline uint32_t histogram_index(uint64_t v) noexcept nogil:
@@ -187,7 +208,7 @@ cdef inline void host_read(host_t *h, uint32_t lba, uint32_t n) noexcept nogil:
     cdef uint32_t i
     f.user_sectors_read += n
     for i in range(lba, lba + n):
-        if media_troubled(f.media) and ftl_read_fails(f, i):
+        if may_be_lost(f) and ftl_read_fails(f, i):
             h.read_errors += 1
         if f.media.timing != NULL:
             ftl_sense(f, i)
@@ -212,25 +233,39 @@ cdef inline void host_record(host_t *h, uint32_t op, uint64_t latency_ns) noexce
     h.max_ns[op] = max(h.max_ns[op], latency_ns)
 
 
+cdef inline void flight_landed(host_t *h, flight_t *f) noexcept nogil:
+    if f.op != NOT_RECORDED:
+        host_record(h, f.op, f.end_ns - f.from_ns)
+        f.op = NOT_RECORDED
+
+
 cdef inline bint host_issue(host_t *h, uint64_t arrival_ns, uint32_t op, uint32_t lba, uint32_t n) noexcept nogil:
     """One request, not before *arrival_ns* (0: at any time) and not before there is room in the queue.
 
     Returns 0 when it was refused.
     """
-    cdef uint64_t issued_ns, end_ns
+    cdef uint64_t issued_ns
+    cdef flight_t item
     cdef bint done
     h.ios += 1
     if h.disk.ftl.media.timing == NULL:
         h.now_ns = max(h.now_ns, arrival_ns)
         return host_do(h, op, lba, n)
-    issued_ns = max(max(arrival_ns, h.ends[0]), h.now_ns)
+    issued_ns = max(max(arrival_ns, flight_ends(h)), h.now_ns)
+    flight_landed(h, &h.flights[0])
     h.now_ns = issued_ns
     h.disk.ftl.media.now_ns = issued_ns
     media_begin(h.disk.ftl.media)
     done = host_do(h, op, lba, n)
-    end_ns = max(issued_ns, media_done_ns(h.disk.ftl.media))
-    ends_replace(h.ends, h.depth, end_ns)
-    host_record(h, op, end_ns - (arrival_ns if arrival_ns else issued_ns))
+    item.end_ns = max(issued_ns, media_done_ns(h.disk.ftl.media))
+    item.from_ns = arrival_ns if arrival_ns else issued_ns
+    item.program = h.disk.ftl.media.timing.last
+    item.op = NOT_RECORDED
+    if item.program.pu == <uint32_t>NO_PU:
+        host_record(h, op, item.end_ns - item.from_ns)
+    else:
+        item.op = op
+    flights_replace(h.flights, h.depth, &item)
     return done
 
 
@@ -296,16 +331,36 @@ cdef class Host:
         self.h.disk = &disk.d
         self.h.depth = depth
         self.origin_ns = 1
-        self.h.ends = <uint64_t *>calloc(depth, sizeof(uint64_t))
-        if self.h.ends == NULL:
+        self.h.flights = <flight_t *>calloc(depth, sizeof(flight_t))
+        if self.h.flights == NULL:
             raise MemoryError
+        self._forget_flights()
 
     def __dealloc__(self):
-        free(self.h.ends)
+        free(self.h.flights)
+
+    cdef _forget_flights(self):
+        """Requests in flight end when they end, and are not recorded."""
+        cdef uint32_t i
+        for i in range(self.h.depth):
+            self.h.flights[i].op = NOT_RECORDED
+            if self.h.flights[i].end_ns == 0:
+                self.h.flights[i].program.pu = NO_PU
+
+    cdef _land(self):
+        """Record what is in flight, as if nothing came after it."""
+        cdef uint32_t i
+        cdef flight_t *f
+        for i in range(self.h.depth):
+            f = &self.h.flights[i]
+            if f.op != NOT_RECORDED:
+                f.end_ns = timing_revised(self.h.disk.ftl.media.timing, &f.program)
+                flight_landed(&self.h, f)
 
     def record(self):
         """Start (again) to record latencies."""
         self.origin_ns = self.h.now_ns + 1
+        self._forget_flights()
         self._histograms = [np.zeros(HISTOGRAM_LEN, np.uint64) for _ in range(2)]
         for op in range(2):
             self.h.histogram[op] = <uint64_t *><size_t>self._histograms[op].ctypes.data
@@ -364,6 +419,7 @@ cdef class Host:
 
     def latency(self, str op):
         """Recorded latencies of *op* (read, write): count, mean_ns, p50, p90, p99, p999, max in ns, or None."""
+        self._land()
         counts = self._histograms[OPS[op]]
         total = int(counts.sum())
         if total == 0:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ import numpy as np
 
 from ocssd_daemon import physics
 from ocssd_daemon._fast import Disk, Ftl, Media, Reactor
+from ocssd_daemon._physics import age_of
 from ocssd_daemon.ftl.ownership import owned_pus
 from ocssd_daemon.ftl.target import Target, open_target
 from ocssd_daemon.log import kv
@@ -42,13 +44,19 @@ class Device:
     of its own (setting ``ftl.pus``) the host FTL does not exist: ``ftl`` is None, and ``disk`` raises DeviceError.
     *named* are the settings that somebody gave: they are kept or refused, defaults may be bent to fit.
     *clock* ``virtual``: time is what ``media.now_ns`` is set to before each command, and no data is kept.
+    *wall_ns* tells the time of day: an image remembers when it was how old.
     Acquires the image and its lock until ``close``. Raises DeviceError and StoreError.
     """
 
     def __init__(
-        self, settings: Settings, named: frozenset[str] = frozenset(), clock: Clock = "real"
+        self,
+        settings: Settings,
+        named: frozenset[str] = frozenset(),
+        clock: Clock = "real",
+        wall_ns: Callable[[], int] = time.time_ns,
     ) -> None:
         self.settings = settings
+        self._wall_ns = wall_ns
         self.store = _open_store(settings, named, keep_data=clock == "real")
         self.geometry = self.store.geometry
         try:
@@ -58,13 +66,15 @@ class Device:
             self.target = _open_target(settings, named, self.store, owned) if owned else None
             self.media = self.target.media if self.target else _open_media(settings, self.store)
             self.ftl = self.target.ftl if self.target else None
-            self.physics = _physics(settings, self.store, self.media, self.ftl, fresh, clock == "virtual")
+            self.physics = _physics(settings, self.store, self.media, self.ftl, fresh, clock == "virtual", wall_ns())
+            self.store.save_superblock(age_ns=age_of(self.media), wall_ns=wall_ns())
         except BaseException:
             self.store.abandon()
             raise
         self.ftl_owns = np.zeros(self.geometry.total_pus, np.uint8)
         self.ftl_owns[owned] = 1
         self.reactor = Reactor(settings.reactor.poll_us)
+        self.reactor.follow(self.media)
         self._transports: dict[str, Callable[[], Counters]] = {}
         self._reports: dict[int, Callable[[int], None]] = {}
         self._last_token = 0
@@ -76,6 +86,7 @@ class Device:
 
     def close(self) -> None:
         """Clean stop of a device whose reactor stands still: program the buffers, leave a checkpoint."""
+        self.store.save_superblock(age_ns=age_of(self.media), wall_ns=self._wall_ns())
         if self.target is not None:
             self.target.close()
         self.store.close()
@@ -210,6 +221,7 @@ def _open_target(settings: Settings, named: frozenset[str], store: Store, owned:
             d_choices=ftl.d_choices,
             wear_spread=ftl.wear_spread,
             settle=ftl.settle,
+            retire=ftl.retire,
             seed=settings.seed,
             early_reset=settings.nvme.early_reset,
             multi_reset=settings.nvme.multi_reset,
@@ -227,9 +239,9 @@ def _before_use(settings: Settings, store: Store) -> None:
 
 
 def _physics(
-    settings: Settings, store: Store, media: Media, ftl: Ftl | None, fresh: bool, virtual: bool
+    settings: Settings, store: Store, media: Media, ftl: Ftl | None, fresh: bool, virtual: bool, wall_ns: int
 ) -> physics.Physics:
     try:
-        return physics.attach(settings, store, media, ftl, fresh, virtual)
+        return physics.attach(settings, store, media, ftl, fresh, virtual, wall_ns)
     except (physics.PhysicsError, SettingsError) as error:
         raise DeviceError(str(error)) from None

@@ -11,8 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from numpy.typing import NDArray
+
 from ocssd_daemon._fast import Ftl, Media
-from ocssd_daemon._physics import Faults, Timing, Wear, attach_faults, attach_timing, attach_wear
+from ocssd_daemon._physics import Faults, Timing, Wear, age_of, attach_faults, attach_timing, attach_wear
 from ocssd_daemon.nand import aging, faults
 from ocssd_daemon.nand.faults import Rule
 from ocssd_daemon.nand.geometry import Geometry
@@ -50,8 +52,8 @@ def _prepare(settings: Settings, store: Store) -> None:
             raise PhysicsError("age: life needs an endurance; set wear.pe_limit")
         aging.set_life(store.chunks, age.life, settings.wear.pe_limit, age.seed)
     if settings.faults.chunk_states:
-        for state in faults.load_chunk_states(settings.faults.chunk_states):
-            set_chunk_state(store, state)
+        for state in faults.load_chunk_states(settings.faults.chunk_states, store.geometry):
+            set_chunk_state(store.chunks, state)
     aging.mark_bad(store.chunks, _bad(settings, store.geometry))
 
 
@@ -62,39 +64,11 @@ def _bad(settings: Settings, geometry: Geometry) -> list[int]:
     return bad
 
 
-def _indices(state: faults.ChunkState, g: Geometry) -> list[int]:
-    """The chunks that a line of a chunk state file names. Raises FaultError when there are none."""
-    shape = ((state.group, g.groups), (state.pu, g.pus), (state.chunk, g.chunks))
-    ranges = [range(span[0], min(span[1], count - 1) + 1) for span, count in shape]
-    if not all(ranges):
-        raise faults.FaultError(
-            f"no such chunk: the flash has {g.groups} groups x {g.pus} PUs x {g.chunks} chunks"
-        )
-    return [
-        (group * g.pus + pu) * g.chunks + chunk
-        for group in ranges[0]
-        for pu in ranges[1]
-        for chunk in ranges[2]
-    ]
-
-
-def set_chunk_state(store: Store, state: faults.ChunkState) -> None:
-    """Put chunks into a state of the file's choosing; the write pointer is made to agree with it."""
-    indices = _indices(state, store.geometry)
-    if state.type is not None:
-        store.chunks["type"][indices] = state.type
-    if state.wear_index is not None:
-        store.chunks["wear_index"][indices] = state.wear_index
-    if state.state is not None:
-        sectors = store.geometry.sectors
-        open_wp = min(state.wp or 0, sectors - 1)
-        store.chunks["state"][indices] = state.state
-        store.chunks["wp"][indices] = {
-            1: 0,
-            2: min(state.wp or sectors, sectors),
-            4: open_wp,
-            8: aging.NO_WP,
-        }[state.state]
+def set_chunk_state(chunks: NDArray[Any], state: faults.ChunkState) -> None:
+    """Put chunks of the table into a state of the file's choosing."""
+    for field, value in (("type", state.type), ("wear_index", state.wear_index), ("state", state.state), ("wp", state.wp)):
+        if value is not None:
+            chunks[field][state.indices] = value
 
 
 @dataclass
@@ -108,6 +82,7 @@ class Physics:
     wear: Wear | None
     faults: Faults
     virtual: bool
+    settings: Settings
 
     def stats(self) -> dict[str, Any]:
         """Counters of latency model and wear, and hits of fault rules."""
@@ -127,6 +102,10 @@ class Physics:
             # Delays need timelines, even where everything else takes no time.
             self.timing = Timing(self.geometry, Latency(page_sectors=1, planes=1, buffer_sectors=1 << 16))
             self.take_time(True)
+        if rule.operations & faults.OPERATIONS["read"] and self.wear is None:
+            # What a read rule breaks is noted, and notices are the wear model's.
+            self.wear = Wear(self.geometry, self.settings.wear, 0, self.settings.seed)
+            attach_wear(self.media, self.wear, age_of(self.media), self.virtual)
         number = self.faults.add(rule)
         attach_faults(self.media, self.faults)
         return number
@@ -145,10 +124,33 @@ class Physics:
         try:
             if kind in _RULE_FILES:
                 return [self.add_rule(rule) for rule in _RULE_FILES[kind](path)]
-            self.take_offline(_OFFLINE_FILES[kind](path, self.geometry))
+            if kind == "chunkstate":
+                self.set_states(path)
+            else:
+                self.take_offline(faults.load_bad_blocks(path, self.geometry.total_pus, self.geometry.chunks))
         except faults.FaultError as error:
             raise PhysicsError(str(error)) from None
         return []
+
+    def set_states(self, path: str) -> None:
+        """Put chunks into the states of a file: any state where a guest owns the PU, OFFLINE only where our FTL does.
+
+        All of the file is checked before anything changes. Raises FaultError and PhysicsError.
+        """
+        states = faults.load_chunk_states(path, self.geometry)
+        owned = {int(pu) for pu in self.ftl.arrays["pus"]} if self.ftl is not None else set()
+        ours = [[i for i in state.indices if i // self.geometry.chunks in owned] for state in states]
+        for state, chunks in zip(states, ours, strict=True):
+            if chunks and state.state != aging.CHUNK_OFFLINE:
+                raise PhysicsError(
+                    f"{path}: the running FTL owns PU {chunks[0] // self.geometry.chunks}: there, only OFFLINE can be "
+                    "imported; other states with faults.chunk_states on a fresh device"
+                )
+        for state, chunks in zip(states, ours, strict=True):
+            theirs = sorted(set(state.indices) - set(chunks))
+            set_chunk_state(self.media.chunks, state._replace(indices=theirs))
+            self.take_offline(chunks)
+        self.media.recount_open()
 
     def take_offline(self, indices: list[int]) -> None:
         """Take chunks offline while the FTL runs: they fail at their next program or erase; free ones at once."""
@@ -163,30 +165,20 @@ class Physics:
             self.ftl.recount()
 
 
-def _offline_states(path: str, geometry: Geometry) -> list[int]:
-    indices = []
-    for state in faults.load_chunk_states(path):
-        if state.state != 8:
-            raise faults.FaultError(f"{path}: a running FTL owns its chunks; only OFFLINE can be imported, "
-                                    "other states with faults.chunk_states on a fresh device")  # fmt: skip
-        indices += _indices(state, geometry)
-    return indices
-
-
-def _bad_blocks(path: str, geometry: Geometry) -> list[int]:
-    return faults.load_bad_blocks(path, geometry.total_pus, geometry.chunks)
-
-
 _RULE_FILES = {
     "resetfail": faults.load_reset_failures,
     "writefail": faults.load_write_failures,
     "rules": faults.load,
 }
-_OFFLINE_FILES = {"chunkstate": _offline_states, "bbtable": _bad_blocks}
 
 
-def attach(settings: Settings, store: Store, media: Media, ftl: Ftl | None, fresh: bool, virtual: bool) -> Physics:
-    """Put on everything that *settings* ask for. Raises PhysicsError and SettingsError."""
+def attach(
+    settings: Settings, store: Store, media: Media, ftl: Ftl | None, fresh: bool, virtual: bool, wall_ns: int = 0
+) -> Physics:
+    """Put on everything that *settings* ask for. *wall_ns*: the wall clock, 0: none.
+
+    Raises PhysicsError and SettingsError.
+    """
     geometry = store.geometry
     latency = latency_of(settings, geometry)
     if fresh and settings.age and ftl is not None:
@@ -196,8 +188,8 @@ def attach(settings: Settings, store: Store, media: Media, ftl: Ftl | None, fres
     timing = Timing(geometry, latency) if latency else None
     retry_ns = max(latency.sense_ns) if latency else 0
     wear = None if settings.wear.is_none else Wear(geometry, settings.wear, retry_ns, settings.seed)
-    made = Physics(media, ftl, geometry, timing, wear, Faults(geometry, settings.seed), virtual)
-    attach_wear(media, wear, _age_ns(settings, store, fresh), virtual)
+    made = Physics(media, ftl, geometry, timing, wear, Faults(geometry, settings.seed), virtual, settings)
+    attach_wear(media, wear, start_age_ns(settings, store, fresh, wall_ns), virtual)
     made.take_time(True)
     try:
         for rule in rules_of(settings):
@@ -207,14 +199,25 @@ def attach(settings: Settings, store: Store, media: Media, ftl: Ftl | None, fres
     return made
 
 
-def _age_ns(settings: Settings, store: Store, fresh: bool) -> int:
-    """Flash is as old as its newest data says, or as the user says of a fresh drive."""
+def start_age_ns(settings: Settings, store: Store, fresh: bool, wall_ns: int) -> int:
+    """How old the flash is now: as the user says of a fresh drive; else as it was left, and what has passed since.
+
+    It is never younger than its newest data, whatever became of the wall clock.
+    """
     if fresh and settings.age:
         return int(aging.parse_age(settings.age).retention_days * aging.DAY_NS)
-    return int(store.chunks["programmed_ns"].max())
+    before = store.superblock
+    on_the_shelf_ns = wall_ns - before.wall_ns if settings.wear.shelf and before.wall_ns and wall_ns else 0
+    return max(int(store.chunks["programmed_ns"].max()), before.age_ns + max(0, on_the_shelf_ns))
 
 
 def rules_of(settings: Settings) -> list[faults.Rule]:
-    """The rules of the configuration, those of its file last. Raises FaultError."""
+    """The rules of the configuration, those of its files last. Raises FaultError."""
     rules = [faults.parse(text) for text in settings.faults.rules]
-    return rules + (faults.load(settings.faults.file) if settings.faults.file else [])
+    for kind, path in (
+        ("rules", settings.faults.file),
+        ("writefail", settings.faults.write_failures),
+        ("resetfail", settings.faults.reset_failures),
+    ):
+        rules += _RULE_FILES[kind](path) if path else []
+    return rules

@@ -78,6 +78,7 @@ class FtlSettings(Section, frozen=True):
         Literal[512, 1024, 2048, 4096, 8192, 16384, 32768, 65536],
         _text("the disk's logical block: at most a sector"),
     ] = 512
+    retire: Annotated[bool, _text("a chunk that lost data is not used again, while spare space lasts")] = True
     pus: Annotated[
         str, _text("parallel units of the disk: all, none, ranges as 0-3,6; auto: none if only raw flash is served")
     ] = "auto"
@@ -98,6 +99,10 @@ class LatencySettings(Section, frozen=True):
     ] = None
     page_sectors: Annotated[int | None, _text("sectors of a flash page; default: geometry.ws_min")] = None
     planes: Annotated[int | None, _text("planes of a PU; default: geometry.ws_opt / page_sectors")] = None
+    pairing: Annotated[
+        Literal["modulo", "shadow"] | None,
+        _text("page kinds of the rows: shadow as multi-level flash is programmed, or row modulo kinds; default: the profile's"),
+    ] = None
     suspend: Annotated[bool | None, _text("a read interrupts a program or an erase")] = None
     suspend_ns: Annotated[int | None, _text("what such an interruption costs")] = None
 
@@ -111,7 +116,9 @@ class FaultSettings(Section, frozen=True):
         str | None, _text("factory bad chunks of fresh flash: a number, a percentage, or GROUP/PU/CHUNK,...")
     ] = None
     bad_table: Annotated[str | None, _text("bad-block table file: one byte per block, 0 is good")] = None
-    chunk_states: Annotated[str | None, _text("chunk state file for fresh flash")] = None
+    chunk_states: Annotated[str | None, _text("chunk state file for fresh flash (lchunkstate)")] = None
+    write_failures: Annotated[str | None, _text("file of sectors whose writes fail (lwritefail)")] = None
+    reset_failures: Annotated[str | None, _text("file of chunks whose resets fail (lresetfail)")] = None
 
 
 class ReactorSettings(Section, frozen=True):
@@ -181,9 +188,6 @@ class NvmeSettings(Section, frozen=True):
     wear_threshold: Annotated[int, _int(0, 255, "wear index off the mean that is notified (WIT); 0: never")] = 0
     early_reset: Annotated[bool, _text("an open chunk may be reset; pblk needs it")] = True
     multi_reset: Annotated[bool, _text("a free chunk may be reset (MCCAP bit 1)")] = False
-    chunk_state_file: Annotated[str | None, _text("chunk states to set at start, one chunk per line")] = None
-    write_fault_file: Annotated[str | None, _text("sectors whose writes fail, with a probability")] = None
-    reset_fault_file: Annotated[str | None, _text("chunks whose resets fail, with a probability")] = None
     bad_block_file: Annotated[str | None, _text("OCSSD 1.2: a byte per block and plane, non-zero is bad")] = None
 
 

@@ -133,8 +133,8 @@ OPTIONS: dict[str, Rule] = {
     "lws_opt": _to("geometry.ws_opt", 1, 4096), "lmw_cunits": _to("geometry.mw_cunits", 0, 1 << 24),
     "lsecs_per_chk": _to("geometry.sectors", 1, 1 << 24), "lchunktable": _FILES,
     "learly_reset": _flag_to("nvme.early_reset"), "lsgl_lbal": _only(0, "LBA lists lie at a bus address"),
-    "lchunkstate": _text_to("nvme.chunk_state_file"), "lresetfail": _text_to("nvme.reset_fault_file"),
-    "lwritefail": _text_to("nvme.write_fault_file"),
+    "lchunkstate": _text_to("faults.chunk_states"), "lresetfail": _text_to("faults.reset_failures"),
+    "lwritefail": _text_to("faults.write_failures"),
 }
 
 

@@ -122,7 +122,7 @@ def open_target(
 ) -> Target:
     """Start a block target on *store*, over the PUs *pus* (default: all).
 
-    *ftl_options* go to ``Ftl``: victim, frontiers, reserve_lines, d_choices, wear_spread, settle, seed. An image keeps the
+    *ftl_options* go to ``Ftl``: victim, frontiers, reserve_lines, d_choices, wear_spread, settle, retire, seed. An image keeps the
     capacity and the PUs that it was first used with. Raises CapacityError, StoreError or ValueError with one sentence.
     """
     owned = list(range(store.geometry.total_pus)) if pus is None else pus

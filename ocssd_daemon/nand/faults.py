@@ -9,7 +9,8 @@
     what    do = fail | offline | slow:TIME | hang:TIME | corrupt:BITS | torn | powercut
     when    p = probability, every = N, after = N, times = N or the word once, while = path of a file that must exist
 
-``fail`` ends a read as unrecovered, closes the chunk of a write early and takes the chunk of a reset offline. ``hang``
+``fail`` ends a read as unrecovered, closes the chunk of a write early (what a rule's ``sector`` leaves out before it is
+written) and takes the chunk of a reset offline. ``hang``
 keeps the whole PU busy. ``torn`` loses the second half of a write's last sector and says nothing. ``powercut`` ends the
 process at that instruction. Spec of the effects: OCSSD 2.0, media statuses 281h, 2F1h, 2C1h.
 """
@@ -23,6 +24,8 @@ from typing import NamedTuple
 
 import msgspec
 
+from ocssd_daemon.nand.geometry import Geometry
+
 ANY = (0, 0xFFFF_FFFF)
 OPERATIONS = {"read": 1, "write": 2, "reset": 4, "any": 7}
 ACTIONS = {"fail": 1, "offline": 2, "slow": 3, "hang": 4, "corrupt": 5, "torn": 6, "powercut": 7}
@@ -30,6 +33,7 @@ AMOUNTS = {"slow": "a time such as 5ms", "hang": "a time such as 2s", "corrupt":
 ONLY_FOR = {"corrupt": 1, "torn": 2}  # actions that mean something for one operation only
 UNITS_NS = {"ns": 1, "us": 1_000, "ms": 1_000_000, "s": 1_000_000_000}
 TRIGGER_MAX = 255
+NO_WP = 0xFFFF_FFFF
 
 Span = tuple[int, int]
 
@@ -184,11 +188,9 @@ def load(path: str) -> list[Rule]:
 
 
 class ChunkState(NamedTuple):
-    """One line of a chunk state file; None: as it is. ``chunk`` may be a wildcard."""
+    """One line of a chunk state file; None: as it is. ``indices``: the chunks, ``wp``: what goes with the state."""
 
-    group: Span
-    pu: Span
-    chunk: Span
+    indices: list[int]
     state: int | None
     type: int | None
     wp: int | None
@@ -256,24 +258,49 @@ def _named(table: dict[str, int], key: str, fields: dict[str, str]) -> int | Non
     return table[fields[key]]
 
 
-def _chunk_state(fields: dict[str, str]) -> ChunkState:
+def _indices(fields: dict[str, str], g: Geometry) -> list[int]:
+    """The chunks that a line names."""
+    ranges = []
+    for key, count in (("group", g.groups), ("pu", g.pus), ("chunk", g.chunks)):
+        if key not in fields:
+            raise FaultError(f"{key}= is missing")
+        first, last = _span(key, fields[key])
+        if first >= count or (last >= count and (first, last) != ANY):
+            raise FaultError(f"{key}={fields[key]}: there are {count}")
+        ranges.append(range(first, min(last, count - 1) + 1))
+    groups, pus, chunks = ranges
+    return [(group * g.pus + pu) * g.chunks + chunk for group in groups for pu in pus for chunk in chunks]
+
+
+def _write_pointer(state: int | None, fields: dict[str, str], sectors: int) -> int | None:
+    """The write pointer that goes with *state*: as the line says, if a chunk in that state can have it."""
+    if state is None or state == _STATES["OFFLINE"]:
+        return None if state is None else NO_WP
+    most = {"FREE": 0, "OPEN": sectors - 1, "CLOSED": sectors}
+    name = next(name for name, value in _STATES.items() if value == state)
+    wp = _whole("wp", fields.get("wp", str(most[name] if name == "CLOSED" else 0)))
+    if wp > most[name]:
+        raise FaultError(f"wp={wp}: a chunk that is {name} has at most {most[name]}")
+    return wp
+
+
+def _chunk_state(fields: dict[str, str], geometry: Geometry) -> ChunkState:
+    state = _named(_STATES, "state", fields)
     return ChunkState(
-        group=_span("group", fields.get("group", "*")),
-        pu=_span("pu", fields.get("pu", "*")),
-        chunk=_span("chunk", fields.get("chunk", "*")),
-        state=_named(_STATES, "state", fields),
+        indices=_indices(fields, geometry),
+        state=state,
         type=_named(_TYPES, "type", fields),
-        wp=_whole("wp", fields["wp"]) if "wp" in fields else None,
+        wp=_write_pointer(state, fields, geometry.sectors),
         wear_index=_whole("wi", fields["wi"]) % 256 if "wi" in fields else None,
     )
 
 
-def load_chunk_states(path: str) -> list[ChunkState]:
-    """Lines of an ``lchunkstate`` file."""
+def load_chunk_states(path: str, geometry: Geometry) -> list[ChunkState]:
+    """Lines of an ``lchunkstate`` file, for flash of *geometry*."""
     states = []
     for number, line in _lines(path):
         try:
-            states.append(_chunk_state(_fields(line)))
+            states.append(_chunk_state(_fields(line), geometry))
         except FaultError as error:
             raise FaultError(f"{path}:{number}: {error}") from None
     return states

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -38,8 +38,24 @@ class Latency(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     buffer_sectors: int | None = None  # None: two rows for each PU; 0: a write ends when it is programmed
     page_sectors: int | None = None  # None: ws_min
     planes: int | None = None  # None: ws_opt / page_sectors
+    pairing: Literal["modulo", "shadow"] = "modulo"
     suspend: bool = False
     suspend_ns: int = 0
+
+    def kinds_of_rows(self, sectors: int) -> list[int]:
+        """The page kind of each row of a chunk of *sectors*: 0 lower, 1 middle or upper, ...
+
+        ``modulo``: row number modulo the kinds. ``shadow``: the order in which flash with several bits a cell is
+        programmed, so that a finished word line is disturbed least: the lower page of word line w, then the next page
+        of w - 1, and so on. With three kinds that begins 0 0 1 0 1 2 0 1 2 and ends 1 2 2.
+        """
+        kinds = max(len(self.sense_ns), len(self.program_ns))
+        rows = -(-sectors // ((self.page_sectors or 1) * (self.planes or 1)))
+        if self.pairing == "modulo":
+            return [row % kinds for row in range(rows)]
+        lines = -(-rows // kinds)
+        order = [kind for step in range(lines + kinds - 1) for kind in range(kinds) if 0 <= step - kind < lines]
+        return order[:rows]
 
     @property
     def is_none(self) -> bool:
@@ -55,6 +71,7 @@ _TLC_SENSE = (56_500, 77_500, 106_000)
 _TLC_PROGRAM = (820_500, 2_225_000, 5_734_000)
 _QLC_FACTORS = (1.05, 1.1, 1.2, 1.6)
 _COMMON: dict[str, Any] = {"controller_ns": 2_000, "buffer_ns": 2_000, "suspend_ns": 20_000}
+_PAIRED: dict[str, Any] = {**_COMMON, "pairing": "shadow"}
 
 PROFILES: dict[str, Latency] = {
     "none": Latency(),
@@ -66,17 +83,17 @@ PROFILES: dict[str, Latency] = {
         program_ns=(850_000, 2_300_000),
         erase_ns=3_000_000,
         transfer_ns_per_sector=13_108,
-        **_COMMON,
+        **_PAIRED,
     ),
     "tlc": Latency(
-        sense_ns=_TLC_SENSE, program_ns=_TLC_PROGRAM, erase_ns=3_000_000, transfer_ns_per_sector=13_108, **_COMMON
+        sense_ns=_TLC_SENSE, program_ns=_TLC_PROGRAM, erase_ns=3_000_000, transfer_ns_per_sector=13_108, **_PAIRED
     ),
     "qlc": Latency(
         sense_ns=_scaled(_TLC_SENSE, *_QLC_FACTORS),
         program_ns=_scaled(_TLC_PROGRAM, *_QLC_FACTORS),
         erase_ns=3_000_000,
         transfer_ns_per_sector=13_108,
-        **_COMMON,
+        **_PAIRED,
     ),
 }
 

@@ -58,6 +58,8 @@ class Superblock(msgspec.Struct):
     seq: int = 0
     l2p_crc: int = 0
     counters: dict[str, int] = {}
+    age_ns: int = 0  # of the flash, when the wall clock (since 1970) said wall_ns; 0: not known
+    wall_ns: int = 0
 
     @property
     def is_fresh(self) -> bool:

@@ -11,11 +11,13 @@ Knows no transport: callers hand in plain buffers that they have checked.
 from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
-from ocssd_daemon.native.ftl cimport NO_PPA, ftl_lookup, ftl_program_buffers, ftl_sense, ftl_t, ftl_trim
+from ocssd_daemon.native.ftl cimport (
+    NO_PPA, ftl_lookup, ftl_program_buffers, ftl_sense, ftl_t, ftl_trim, may_be_lost,
+)
 from ocssd_daemon.native.gc cimport ftl_commit, ftl_read_fails, ftl_slot, host_sync
-from ocssd_daemon.native.media cimport media_begin, media_data, media_done_ns, media_troubled
+from ocssd_daemon.native.media cimport media_begin, media_data, media_done_ns
 from ocssd_daemon.native.sys cimport iovec, prefetch
-from ocssd_daemon.native.timing cimport timing_wait
+from ocssd_daemon.native.timing cimport timing_wait_for
 
 cdef extern from "errno.h" nogil:
     int EINVAL
@@ -127,7 +129,7 @@ cdef inline int disk_read(disk_t *d, uint64_t offset, const iovec *iov, int iovc
     while length:
         within = offset & (d.sector_bytes - 1)
         n = <uint32_t>min(<uint64_t>(d.sector_bytes - within), length)
-        if media_troubled(d.ftl.media) and ftl_read_fails(d.ftl, <uint32_t>(offset >> d.sector_shift)):
+        if may_be_lost(d.ftl) and ftl_read_fails(d.ftl, <uint32_t>(offset >> d.sector_shift)):
             return disk_end(d, EIO)
         sector = ftl_lookup(d.ftl, <uint32_t>(offset >> d.sector_shift))
         scatter(&c, sector + within if sector != NULL else NULL, n)
@@ -148,12 +150,18 @@ cdef inline int disk_no_space(disk_t *d) noexcept nogil:
 
 
 cdef inline int write_part(disk_t *d, uint64_t offset, cursor_t *c, uint32_t n) noexcept nogil:
-    """Write *n* bytes that lie in one sector; a NULL cursor writes zeros."""
+    """Write *n* bytes that lie in one sector; a NULL cursor writes zeros. A part needs the rest to be readable."""
     cdef uint32_t lba = <uint32_t>(offset >> d.sector_shift)
     cdef uint32_t within = offset & (d.sector_bytes - 1)
-    cdef uint32_t ppa = ftl_slot(d.ftl)
+    cdef uint32_t ppa
     cdef const char *old
     cdef char *sector
+    if n < d.sector_bytes:
+        if may_be_lost(d.ftl) and ftl_read_fails(d.ftl, lba):
+            return EIO
+        if d.ftl.media.timing != NULL:
+            ftl_sense(d.ftl, lba)
+    ppa = ftl_slot(d.ftl)
     if ppa == <uint32_t>NO_PPA:
         return disk_no_space(d)
     sector = media_data(d.ftl.media, ppa)
@@ -189,7 +197,7 @@ cdef inline int disk_harden(disk_t *d) noexcept nogil:
     """Program the write buffers; with durability host, also bring the image to the host's disk."""
     ftl_program_buffers(d.ftl)
     if d.ftl.media.timing != NULL:
-        timing_wait(d.ftl.media.timing, d.ftl.media.timing.flushed_ns)
+        timing_wait_for(d.ftl.media.timing, &d.ftl.media.timing.flushed)
     return host_sync(d.ftl) if d.ftl.host_durable else 0
 
 

@@ -29,8 +29,7 @@ cdef enum:                      # rule_t.action
     FAULT_POWER_CUT = 7         # the process dies at once
 
 cdef enum:
-    RULES_MAX = 64
-    TRIGGER_MAX = 256
+    RULES_MAX = 4096
 
 ctypedef struct span_t:         # [first, last]
     uint32_t first
@@ -51,7 +50,7 @@ ctypedef struct rule_t:
     uint64_t times              # strike at most so often; 0: no limit
     uint64_t seen
     uint64_t hits
-    char trigger[TRIGGER_MAX]   # a path: only while it exists; empty: always
+    const char *trigger         # a path: only while it exists; NULL: always
 
 ctypedef struct faults_t:
     uint32_t pus                # per group
@@ -60,7 +59,7 @@ ctypedef struct faults_t:
     uint64_t rng
     uint64_t delay_ns           # of the operation that was asked for last
     uint64_t hang_ns
-    rule_t rules[RULES_MAX]
+    rule_t *rules               # [n]
 
 
 cdef inline bint in_span(const span_t *s, uint32_t value) noexcept nogil:
@@ -85,7 +84,7 @@ cdef inline bint rule_covers(const faults_t *f, const rule_t *r, uint32_t operat
 
 cdef inline bint rule_strikes(faults_t *f, rule_t *r) noexcept nogil:
     """Is it the rule's turn? Counts this time."""
-    if r.trigger[0] and access(r.trigger, F_OK) != 0:
+    if r.trigger != NULL and access(r.trigger, F_OK) != 0:
         return False
     r.seen += 1
     if r.seen <= r.after or (r.times and r.hits >= r.times):

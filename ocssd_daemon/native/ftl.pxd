@@ -26,7 +26,9 @@ from ocssd_daemon.native.media cimport (
     media_data, media_oob, media_program, media_read_trouble, media_sense, media_t, media_troubled, ppa_chunk, ppa_of,
     ppa_sector, store_reserve,
 )
-from ocssd_daemon.native.timing cimport timing_admit, timing_hold, timing_t, timing_wait
+from ocssd_daemon.native.timing cimport (
+    timing_admit, timing_hold, timing_revised, timing_t, timing_told, timing_wait, wait_t,
+)
 
 cdef extern from *:
     """
@@ -54,17 +56,20 @@ cdef extern from *:
     static inline int ocssd_ctz(uint64_t v) { return __builtin_ctzll(v); }
     """
     ctypedef struct oob_t "ocssd_oob":
-        uint64_t seq            # order of writing, from 1; OOB_HASHED in bit 63
+        uint64_t seq            # order of writing, from 1; OOB_HASHED in bit 63, OOB_LOST in bit 62
         uint32_t lba
         uint32_t check
     uint32_t oob_mix "ocssd_oob_mix" (uint64_t seq, uint32_t lba, uint32_t ppa) noexcept nogil
     uint32_t data_hash "ocssd_data_hash" (const void *data, size_t n) noexcept nogil
-    const uint64_t OOB_HASHED "(1ull << 63)"
+    const uint64_t OOB_HASHED "(1ull << 63)"       # the check covers the data
+    const uint64_t OOB_LOST "(1ull << 62)"         # what GC moved here it could not read: the sector stays unreadable
+    const uint64_t OOB_FLAGS "(3ull << 62)"
     int ctz64 "ocssd_ctz" (uint64_t v) noexcept nogil
 
 cdef enum:
     NO_PPA = 0xffffffff         # unmapped; also: no place to write
     NO_LINE = 0xffffffff
+    MOVE_TRIES = 3              # reads of a sector that GC moves
     LBA_PAD = 0xffffffff        # out-of-band lba of padding
 
 cdef enum:                      # line states
@@ -117,6 +122,7 @@ ctypedef struct ftl_t:
     uint64_t *line_settled_at   # [n_lines] user_sectors_written from which on greedy may take it; 0: at any time
     uint32_t free_lines
     uint32_t pending_lines
+    uint32_t retiring           # chunks that go offline when their line is collected
     uint32_t short_lines        # lines with at least one OFFLINE chunk
     uint64_t usable_sectors     # in chunks that are not OFFLINE
     frontier_t user
@@ -125,6 +131,7 @@ ctypedef struct ftl_t:
     uint64_t seq
     uint32_t reserve_lines
     uint8_t host_durable        # durability host: out-of-band entries cover the data, erases wait for a host sync
+    uint8_t retire              # take chunks that lost data out of use
     uint8_t read_only           # spare space has ended
     int notify_fd               # eventfd to signal when that happens; -1: none
     uint8_t policy
@@ -154,8 +161,10 @@ ctypedef struct ftl_t:
     uint64_t stalls             # writes that had to wait for a whole line to be collected
     uint64_t chunks_failed
     uint64_t chunks_erased
+    uint64_t chunks_retired
     uint64_t lines_refreshed
     uint64_t read_failures
+    uint64_t lost_sectors       # that GC could not read; 0: no read need look for their mark
     uint64_t flushes
     uint64_t recovered_sectors
 
@@ -282,16 +291,18 @@ cdef inline void unit_failed(ftl_t *f, frontier_t *w) noexcept nogil:
     frontier_drop_chunk(f, w)
     for i in range(n):
         if is_valid(f, first + i):
-            move_sector(f, w, first + i)
+            move_sector(f, w, first + i, False)
 
 
 cdef inline void unit_timed(ftl_t *f, frontier_t *w) noexcept nogil:
     """The unit's place in the write buffer is free when its program has ended."""
-    timing_hold(f.media.timing, f.media.ended_ns, w.held)
+    cdef timing_t *t = f.media.timing
+    cdef wait_t program = timing_told(t, f.media.ended_pu, f.media.ended_ns)
+    timing_hold(t, &program, w.held)
     w.held = 0
     w.ready_ns = 0
-    if w == &f.user:
-        f.media.timing.flushed_ns = max(f.media.timing.flushed_ns, f.media.ended_ns)
+    if w == &f.user and program.end_ns >= timing_revised(t, &t.flushed):
+        t.flushed = program
     if w == f.moved:
         f.media.timing.moved_ns = max(f.media.timing.moved_ns, f.media.ended_ns)
 
@@ -342,6 +353,11 @@ cdef inline void place(ftl_t *f, frontier_t *w, uint32_t lba, uint32_t old) noex
         unit_program(f, w)
 
 
+cdef inline bint may_be_lost(const ftl_t *f) noexcept nogil:
+    """Can any read fail?"""
+    return media_troubled(f.media) or f.lost_sectors != 0
+
+
 cdef inline bint frontier_ready(ftl_t *f, frontier_t *w) noexcept nogil:
     return w.line != <uint32_t>NO_LINE or frontier_open(f, w)
 
@@ -355,11 +371,31 @@ cdef inline uint32_t owner_from_map(const ftl_t *f, uint32_t ppa) noexcept nogil
     return LBA_PAD
 
 
-cdef inline bint move_sector(ftl_t *f, frontier_t *w, uint32_t ppa) noexcept nogil:
-    """Copy a valid sector to the frontier *w*. Returns 0 when no line is free; the sector then stays where it is."""
+cdef inline uint64_t lost_mark(ftl_t *f, uint32_t ppa) noexcept nogil:
+    """Read *ppa* to move it. OOB_LOST when that cannot be done, now or when it was moved before; else 0."""
+    cdef uint32_t tries
+    if f.lost_sectors and (<const oob_t *>media_oob(f.media, ppa)).seq & OOB_LOST:
+        return OOB_LOST
+    for tries in range(MOVE_TRIES):
+        if media_read_trouble(f.media, ppa) != MEDIA_UNRECOVERED:
+            return 0
+        f.read_failures += 1
+    if f.media.chunks[ppa_chunk(f.media, ppa)].state == CHUNK_OFFLINE:
+        f.line_failed[line_of(f, ppa)] = LINE_LOST_A_CHUNK
+    f.lost_sectors += 1
+    return OOB_LOST
+
+
+cdef inline bint move_sector(ftl_t *f, frontier_t *w, uint32_t ppa, bint from_flash) noexcept nogil:
+    """Copy a valid sector to the frontier *w*. Returns 0 when no line is free; the sector then stays where it is.
+
+    What cannot be read is moved too, marked as lost, so that its reads go on failing. *from_flash* false: it is in the
+    write buffer still.
+    """
     cdef oob_t *oob = <oob_t *>media_oob(f.media, ppa)
     cdef uint32_t lba = oob.lba
     cdef uint32_t hashed = 0
+    cdef uint64_t mark = 0
     cdef uint32_t target
     cdef uint64_t seq
     if not frontier_ready(f, w):
@@ -372,11 +408,11 @@ cdef inline bint move_sector(ftl_t *f, frontier_t *w, uint32_t ppa) noexcept nog
     target = w.ppa + w.fill
     if f.media.data != NULL:
         memcpy(media_data(f.media, target), media_data(f.media, ppa), f.media.geometry.sector_bytes)
-    if media_troubled(f.media) and media_read_trouble(f.media, ppa) == MEDIA_UNRECOVERED:
-        f.read_failures += 1
-    if f.media.timing != NULL:
+    if may_be_lost(f):
+        mark = lost_mark(f, ppa) if from_flash else oob.seq & OOB_LOST
+    if f.media.timing != NULL and from_flash:
         w.ready_ns = max(w.ready_ns, media_sense(f.media, ppa, f.media.timing.admitted_ns, True))
-    seq = next_seq(f)
+    seq = next_seq(f) | mark
     if f.host_durable:
         # Carried over, not computed again: damage to the data stays visible.
         hashed = (oob.check ^ oob_mix(oob.seq, lba, ppa)) if oob.seq & OOB_HASHED else data_hash(
@@ -414,10 +450,13 @@ cdef inline bint in_buffer(const ftl_t *f, uint32_t ppa) noexcept nogil:
 
 
 cdef inline bint ftl_unreadable(ftl_t *f, uint32_t lba) noexcept nogil:
-    """Does the read of *lba* fail? Call it only when ``media_troubled``."""
+    """Does the read of *lba* fail? Call it only when ``may_be_lost``."""
     cdef uint32_t ppa = l2p_get(f, lba)
-    if ppa == <uint32_t>NO_PPA or in_buffer(f, ppa) or media_read_trouble(f.media, ppa) != MEDIA_UNRECOVERED:
+    if ppa == <uint32_t>NO_PPA:
         return False
+    if not (f.lost_sectors and (<const oob_t *>media_oob(f.media, ppa)).seq & OOB_LOST):
+        if in_buffer(f, ppa) or media_read_trouble(f.media, ppa) != MEDIA_UNRECOVERED:
+            return False
     f.read_failures += 1
     return True
 

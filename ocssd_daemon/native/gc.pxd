@@ -9,21 +9,23 @@ there is one, always choosing the emptiest line.
 Sizes are sectors. Knows the FTL's structures and nothing above them.
 """
 
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport uint16_t, uint32_t, uint64_t
 
 from ocssd_daemon.native.ftl cimport (
     commit_user,
     LINE_CLOSED, LINE_DEAD, LINE_FREE, LINE_PENDING, NO_LINE, NO_PPA,
     VICTIM_COST_BENEFIT, VICTIM_D_CHOICES, VICTIM_FIFO, VICTIM_GREEDY, VICTIM_RANDOM,
     LINE_LOST_A_CHUNK, LINE_OPEN, LINE_TO_REFRESH, ctz64, frontier_close, frontier_flush, frontier_open, frontier_t,
-    ftl_unreadable, ftl_t, line_chunk, move_sector,
+    ftl_unreadable, ftl_t, l2p_get, line_chunk, line_of, move_sector,
 )
 from ocssd_daemon.native.media cimport (
-    CHUNK_FAIL_RESET, CHUNK_FREE, CHUNK_OFFLINE, CHUNK_OPEN, MEDIA_OK,
-    chunk_close_early, chunk_t, media_data, media_erase, ppa_of,
+    CHUNK_FAIL_RESET, CHUNK_FREE, CHUNK_OFFLINE, CHUNK_OPEN, CHUNK_RETIRED, MEDIA_OK,
+    chunk_close_early, chunk_go_offline, chunk_t, media_data, media_erase, ppa_chunk, ppa_of,
 )
 from ocssd_daemon.native.sys cimport eventfd_signal, prefetch
-from ocssd_daemon.native.wear cimport NOTICE_HIGH_ERRORS, NOTICE_UNRECOVERABLE, NOTICES, wear_t
+from ocssd_daemon.native.wear cimport (
+    NOTICE_HIGH_ERRORS, NOTICE_MEDIUM_ERRORS, NOTICE_REFRESHED, NOTICE_UNRECOVERABLE, NOTICES, wear_note, wear_t,
+)
 
 cdef extern from "errno.h" nogil:
     int errno
@@ -254,7 +256,7 @@ cdef inline void recount_spare(ftl_t *f) noexcept nogil:
         f.short_lines += good < f.n_pus
     f.usable_sectors = sectors
     settle_from_spare(f)
-    if sectors < f.capacity_sectors + <uint64_t>spare_lines(f) * f.n_pus * f.media.geometry.sectors:
+    if sectors < needed_sectors(f):
         become_read_only(f)
 
 
@@ -263,18 +265,36 @@ cdef inline uint32_t spare_lines(const ftl_t *f) noexcept nogil:
     return keep_lines(f) + (1 if f.moved == &f.user else 2)
 
 
+cdef inline void note_refreshed(ftl_t *f, uint32_t line) noexcept nogil:
+    """The data of *line* lies elsewhere now, freshly written: say so in the flash's notices."""
+    cdef uint32_t pu
+    if f.media.wear == NULL:
+        return
+    for pu in range(f.n_pus):
+        wear_note(f.media.wear, line_chunk(f, line, pu), 0, NOTICE_REFRESHED)
+
+
 cdef inline void erase_line(ftl_t *f, uint32_t line) noexcept nogil:
     cdef uint32_t pu, chunk
     cdef uint32_t lost = f.line_failed[line] == LINE_LOST_A_CHUNK
+    cdef bint refreshed = f.line_failed[line] == LINE_TO_REFRESH
     for pu in range(f.n_pus):
         chunk = line_chunk(f, line, pu)
         if f.media.chunks[chunk].state & (CHUNK_FREE | CHUNK_OFFLINE):
+            continue
+        if f.media.chunks[chunk].flags & CHUNK_RETIRED:
+            chunk_go_offline(f.media, chunk)
+            f.retiring -= f.retiring > 0
+            f.chunks_retired += 1
+            lost += 1
             continue
         if f.media.timing != NULL:
             f.media.ready_ns = f.media.timing.moved_ns
         lost += media_erase(f.media, chunk) != MEDIA_OK
         f.chunks_erased += 1
     count_line(f, line)
+    if refreshed:
+        note_refreshed(f, line)
     if lost:
         recount_spare(f)
 
@@ -314,7 +334,7 @@ cdef inline uint32_t move_word(ftl_t *f, uint32_t budget) noexcept nogil:
         if rest:
             # The next sector's first bytes arrive while this one is copied; hardware looks no further than a page.
             prefetch(media_data(f.media, base + ctz64(rest)))
-        if not move_sector(f, f.moved, base + ctz64(word[0])):
+        if not move_sector(f, f.moved, base + ctz64(word[0]), True):
             return NO_PPA
         moved += 1
     if word[0] == 0:
@@ -381,20 +401,54 @@ cdef inline void refresh_line_of(ftl_t *f, uint32_t chunk) noexcept nogil:
         f.refresh_lines += 1
 
 
+cdef inline uint64_t needed_sectors(const ftl_t *f) noexcept nogil:
+    """Flash that must be good for the data to have room and GC to work."""
+    return f.capacity_sectors + <uint64_t>spare_lines(f) * f.n_pus * f.media.geometry.sectors
+
+
+cdef inline void retire_chunk(ftl_t *f, uint32_t chunk) noexcept nogil:
+    """Have the chunk taken offline when its line is collected, if that does not end the spare space.
+
+    A margin of a line stays for chunks that fail for good: retiring is a precaution, and must not make the disk read-only.
+    """
+    cdef uint64_t line_sectors = <uint64_t>f.n_pus * f.media.geometry.sectors
+    if not f.retire or not owns_chunk(f, chunk) or f.media.chunks[chunk].flags & CHUNK_RETIRED:
+        return
+    if f.usable_sectors < needed_sectors(f) + (f.retiring + 1) * <uint64_t>f.media.geometry.sectors + 2 * line_sectors:
+        return
+    f.media.chunks[chunk].flags |= CHUNK_RETIRED
+    f.retiring += 1
+
+
 cdef inline void take_notices(ftl_t *f) noexcept nogil:
-    """React to what the flash noted since the last time: lines that are hard to read are moved elsewhere."""
+    """React to what the flash noted since the last time: lines that are hard to read are moved elsewhere, and a chunk that
+    lost data is not used again while there is spare space for that.
+    """
     cdef wear_t *w = f.media.wear
+    cdef uint16_t state
     if w.noticed - w.taken > NOTICES:
         w.taken = w.noticed - NOTICES
     while w.taken < w.noticed:
-        if w.notices[w.taken % NOTICES].state & (NOTICE_HIGH_ERRORS | NOTICE_UNRECOVERABLE):
+        state = w.notices[w.taken % NOTICES].state
+        if state & (NOTICE_MEDIUM_ERRORS | NOTICE_HIGH_ERRORS | NOTICE_UNRECOVERABLE):
             refresh_line_of(f, w.notices[w.taken % NOTICES].chunk)
+        if state & NOTICE_UNRECOVERABLE:
+            retire_chunk(f, w.notices[w.taken % NOTICES].chunk)
         w.taken += 1
 
 
+cdef inline void line_lost_a_chunk(ftl_t *f, uint32_t line) noexcept nogil:
+    """A read took a chunk of *line* offline. An open line learns it from its next program."""
+    if f.line_state[line] == LINE_CLOSED and f.line_failed[line] == 0:
+        f.line_failed[line] = LINE_LOST_A_CHUNK
+        recount_spare(f)
+
+
 cdef inline bint ftl_read_fails(ftl_t *f, uint32_t lba) noexcept nogil:
-    """``ftl_unreadable``, and the work that the read leads to. Call it only when ``media_troubled``."""
+    """``ftl_unreadable``, and the work that the read leads to. Call it only when ``may_be_lost``."""
     cdef bint failed = ftl_unreadable(f, lba)
+    if failed and f.media.chunks[ppa_chunk(f.media, l2p_get(f, lba))].state == CHUNK_OFFLINE:
+        line_lost_a_chunk(f, line_of(f, l2p_get(f, lba)))
     if f.media.wear != NULL and f.media.wear.noticed != f.media.wear.taken:
         take_notices(f)
     if f.free_lines > keep_lines(f) and (f.refresh_lines or f.victim != <uint32_t>NO_LINE and f.line_failed[f.victim]):

@@ -20,10 +20,12 @@ from ocssd_daemon.native.faults cimport (
     fault_random, faults_ask, faults_t, rule_t,
 )
 from ocssd_daemon.native.timing cimport (
-    timing_begin, timing_delay, timing_erase, timing_program, timing_sense, timing_t, timing_wait,
+    timing_begin, timing_delay, timing_erase, timing_occupy, timing_program, timing_rewrite_ns, timing_sense, timing_t,
+    timing_told, timing_wait, timing_wait_for, wait_t,
 )
 from ocssd_daemon.native.wear cimport (
-    NOTICE_HIGH_ERRORS, NOTICE_UNRECOVERABLE, NOTICE_WEAR, READ_GOOD, READ_UNCORRECTABLE,
+    NOTICE_HIGH_ERRORS, NOTICE_MEDIUM_ERRORS, NOTICE_REFRESHED, NOTICE_UNRECOVERABLE, NOTICE_WEAR,
+    READ_GOOD, READ_UNCORRECTABLE, READ_VERY_HIGH_ECC,
     wear_error_mean, wear_fails, wear_note, wear_read, wear_t,
 )
 
@@ -40,6 +42,7 @@ cdef enum:                      # chunk_t.flags: armed faults
     CHUNK_FAIL_WRITE = 1        # the next program fails and closes the chunk early
     CHUNK_FAIL_RESET = 2        # the next reset fails and takes the chunk offline
     CHUNK_DIES = 4              # with FAIL_WRITE: the chunk goes offline at once
+    CHUNK_RETIRED = 8           # the FTL takes it offline instead of erasing it
 
 cdef enum:                      # media_t.flags
     MEDIA_EARLY_RESET = 1       # an OPEN chunk may be reset (pblk needs it)
@@ -54,6 +57,7 @@ cdef enum:                      # NVMe status values
     MEDIA_OFFLINE = 0x2c0
     MEDIA_INVALID_RESET = 0x2c1
     MEDIA_HIGH_ECC = 0x2d0      # a warning: the data is valid
+    MEDIA_VERY_HIGH_ECC = 0x12d0    # the same to the host, which may ask for these alone (feature CAh)
     MEDIA_WRITE_NEXT_UNIT = 0x2f0
     MEDIA_CHUNK_CLOSED_EARLY = 0x2f1
     MEDIA_OUT_OF_ORDER = 0x2f2
@@ -149,6 +153,8 @@ ctypedef struct media_t:
     timing_t *timing            # NULL: everything ends at once
     uint64_t ready_ns           # the next program or reset begins no earlier; it takes this back to 0
     uint64_t ended_ns           # when the last program or reset ends
+    uint32_t ended_pu           # where it was
+    uint32_t good_sectors       # of the program that failed last: so many from its start are readable
     uint64_t extra_ns           # the next sense takes longer by this; it takes it back to 0
     faults_t *faults            # NULL: no rules
     wear_t *wear                # NULL: flash that does not age
@@ -170,8 +176,10 @@ cdef inline void media_begin(media_t *m) noexcept nogil:
 
 cdef inline void media_wait_ended(media_t *m) noexcept nogil:
     """The command in hand lasts until its program or reset has ended."""
+    cdef wait_t w
     if m.timing != NULL:
-        timing_wait(m.timing, m.ended_ns)
+        w = timing_told(m.timing, m.ended_pu, m.ended_ns)
+        timing_wait_for(m.timing, &w)
 
 
 cdef inline uint64_t media_done_ns(const media_t *m) noexcept nogil:
@@ -213,6 +221,10 @@ cdef inline uint32_t chunk_pu(const media_t *m, uint32_t chunk) noexcept nogil:
 
 cdef inline void chunk_set(chunk_t *c, uint8_t state, uint32_t wp) noexcept nogil:
     store_release_u64(c, chunk_word(c, state, wp, c.wear_index, c.flags))
+
+
+cdef inline void chunk_set_wear(chunk_t *c, uint8_t wear_index) noexcept nogil:
+    store_release_u64(c, chunk_word(c, c.state, c.wp, wear_index, c.flags))
 
 
 cdef inline void chunk_opened(media_t *m, uint32_t chunk) noexcept nogil:
@@ -286,36 +298,34 @@ cdef inline uint64_t media_age_ns(const media_t *m) noexcept nogil:
     return m.age_ns + (m.now_ns - m.born_ns if m.now_ns > m.born_ns else 0)
 
 
-cdef inline uint32_t media_ask(media_t *m, uint32_t operation, uint32_t chunk, uint32_t sector, uint32_t n,
-                               uint64_t *amount) noexcept nogil:
-    """The action of the rule that strikes; delays are taken on the PU's timeline here."""
+cdef inline rule_t *media_ask(media_t *m, uint32_t operation, uint32_t chunk, uint32_t sector, uint32_t n) noexcept nogil:
+    """The rule that strikes, or NULL; delays are taken on the PU's timeline here."""
     cdef rule_t *rule
     if m.faults == NULL:
-        return 0
+        return NULL
     rule = faults_ask(m.faults, operation, chunk, sector, n)
     if m.timing != NULL and m.faults.delay_ns + m.faults.hang_ns:
         timing_delay(m.timing, chunk_pu(m, chunk), m.faults.delay_ns, m.faults.hang_ns)
-    if rule == NULL:
-        return 0
-    if rule.action == FAULT_POWER_CUT:
+    if rule != NULL and rule.action == FAULT_POWER_CUT:
         raise_signal(SIGKILL)
-    amount[0] = rule.amount
-    return rule.action
+    return rule
 
 
 cdef inline void media_write_trouble(media_t *m, uint32_t chunk, uint32_t sector, uint32_t n) noexcept nogil:
-    """Arm the fault that this program meets, if any."""
+    """Arm the fault that this program meets, if any. A rule for later sectors lets the earlier ones be written."""
     cdef chunk_t *c = &m.chunks[chunk]
-    cdef uint64_t amount = 0
-    cdef uint32_t action = media_ask(m, FAULT_WRITE, chunk, sector, n, &amount)
+    cdef const rule_t *rule = media_ask(m, FAULT_WRITE, chunk, sector, n)
     cdef uint32_t half = m.geometry.sector_bytes >> 1
-    if action == FAULT_TORN:
+    if rule == NULL:
+        pass
+    elif rule.action == FAULT_TORN:
         if m.data != NULL:
             memset(media_data(m, ppa_of(m, chunk, sector + n - 1)) + half, 0, half)
-    elif action == FAULT_OFFLINE:
+    elif rule.action == FAULT_OFFLINE:
         c.flags |= CHUNK_FAIL_WRITE | CHUNK_DIES
-    elif action:
+    else:
         c.flags |= CHUNK_FAIL_WRITE
+        m.good_sectors = rule.sector.first - sector if rule.sector.first > sector else 0
     if m.wear == NULL:
         return
     if c.state == CHUNK_FREE:
@@ -328,8 +338,7 @@ cdef inline void media_write_trouble(media_t *m, uint32_t chunk, uint32_t sector
 cdef inline void media_erase_trouble(media_t *m, uint32_t chunk) noexcept nogil:
     """Arm the fault that this erase meets, if any."""
     cdef chunk_t *c = &m.chunks[chunk]
-    cdef uint64_t amount = 0
-    if media_ask(m, FAULT_RESET, chunk, 0, m.geometry.sectors, &amount):
+    if media_ask(m, FAULT_RESET, chunk, 0, m.geometry.sectors) != NULL:
         c.flags |= CHUNK_FAIL_RESET
     if m.wear == NULL:
         return
@@ -352,15 +361,18 @@ cdef inline void media_corrupt(media_t *m, uint64_t ppa, uint64_t bits) noexcept
 
 cdef inline int media_rules_read(media_t *m, uint64_t ppa) noexcept nogil:
     cdef uint32_t chunk = ppa_chunk(m, ppa)
-    cdef uint64_t amount = 0
-    cdef uint32_t action = media_ask(m, FAULT_READ, chunk, ppa_sector(m, ppa), 1, &amount)
-    if action == FAULT_CORRUPT:
-        if m.data != NULL:
-            media_corrupt(m, ppa, amount)
+    cdef const rule_t *rule = media_ask(m, FAULT_READ, chunk, ppa_sector(m, ppa), 1)
+    if rule == NULL:
         return MEDIA_OK
-    if action == FAULT_OFFLINE:
+    if rule.action == FAULT_CORRUPT:
+        if m.data != NULL:
+            media_corrupt(m, ppa, rule.amount)
+        return MEDIA_OK
+    if rule.action == FAULT_OFFLINE:
         chunk_go_offline(m, chunk)
-    return MEDIA_UNRECOVERED if action else MEDIA_OK
+    if m.wear != NULL:
+        wear_note(m.wear, chunk, ppa_sector(m, ppa), NOTICE_UNRECOVERABLE)
+    return MEDIA_UNRECOVERED
 
 
 cdef inline int media_wear_read(media_t *m, uint64_t ppa) noexcept nogil:
@@ -369,7 +381,6 @@ cdef inline int media_wear_read(media_t *m, uint64_t ppa) noexcept nogil:
     cdef uint64_t age_ns = media_age_ns(m)
     cdef double days = <double>(age_ns - c.programmed_ns if age_ns > c.programmed_ns else 0) / 86400e9
     cdef int outcome
-    c.reads += 1
     if m.wear.ecc_bits == 0:
         return MEDIA_OK
     outcome = wear_read(m.wear, wear_error_mean(m.wear, c.pe_cycles, c.pe_limit, c.reads, days))
@@ -379,15 +390,19 @@ cdef inline int media_wear_read(media_t *m, uint64_t ppa) noexcept nogil:
     if outcome == READ_UNCORRECTABLE:
         wear_note(m.wear, chunk, ppa_sector(m, ppa), NOTICE_UNRECOVERABLE)
         return MEDIA_UNRECOVERED
-    wear_note(m.wear, chunk, ppa_sector(m, ppa), NOTICE_HIGH_ERRORS)
+    if outcome == READ_VERY_HIGH_ECC:
+        wear_note(m.wear, chunk, ppa_sector(m, ppa), NOTICE_HIGH_ERRORS)
+        return MEDIA_VERY_HIGH_ECC
+    wear_note(m.wear, chunk, ppa_sector(m, ppa), NOTICE_MEDIUM_ERRORS)
     return MEDIA_HIGH_ECC
 
 
 cdef inline int media_read_trouble(media_t *m, uint64_t ppa) noexcept nogil:
     """What befalls the read of one sector; call it before ``media_sense``, when ``media_troubled``.
 
-    MEDIA_OK, MEDIA_HIGH_ECC (a warning, the data is valid) or MEDIA_UNRECOVERED.
+    MEDIA_OK, MEDIA_HIGH_ECC, MEDIA_VERY_HIGH_ECC (warnings, the data is valid) or MEDIA_UNRECOVERED.
     """
+    m.chunks[ppa_chunk(m, ppa)].reads += 1
     cdef int status = media_rules_read(m, ppa) if m.faults != NULL else MEDIA_OK
     if status == MEDIA_OK and m.wear != NULL:
         status = media_wear_read(m, ppa)
@@ -413,10 +428,35 @@ cdef inline int media_check_write(const media_t *m, uint32_t chunk, uint32_t sec
     return MEDIA_OK
 
 
-cdef inline int media_program_failed(media_t *m, uint32_t chunk) noexcept nogil:
-    """An armed write fault: the chunk closes early and its next reset fails. Spec: 2.0 status 2F1h."""
+cdef inline bint media_refresh(media_t *m, uint32_t chunk) noexcept nogil:
+    """The device itself rewrites a CLOSED chunk in place: one P/E cycle, and its data is young again.
+
+    Returns 0 when it does not: the setting is off, or the cycle would be the chunk's last. Spec: 2.0, log D0h, bit 4.
+    """
+    cdef chunk_t *c = &m.chunks[chunk]
+    if m.wear == NULL or not m.wear.refresh or c.state != CHUNK_CLOSED or (c.pe_limit and c.pe_cycles + 1 >= c.pe_limit):
+        return False
+    if m.timing != NULL:
+        timing_occupy(m.timing, chunk_pu(m, chunk), timing_rewrite_ns(m.timing, c.wp), 0)
+    chunk_set_wear(c, wear_index_after(c))
+    c.pe_cycles += 1
+    c.reads = 0
+    c.programmed_ns = media_age_ns(m)
+    m.wear.noted[chunk] = 0
+    m.wear.chunks_refreshed += 1
+    wear_note(m.wear, chunk, 0, NOTICE_REFRESHED)
+    return True
+
+
+cdef inline int media_program_failed(media_t *m, uint32_t chunk, uint32_t sector) noexcept nogil:
+    """An armed write fault after ``good_sectors`` from *sector* on: those are readable, the chunk closes early and its
+    next reset fails. Spec: 2.0 status 2F1h.
+    """
     cdef chunk_t *c = &m.chunks[chunk]
     m.write_failures += 1
+    m.sectors_written += m.good_sectors
+    if m.good_sectors:
+        chunk_set(c, CHUNK_OPEN, max(sector + m.good_sectors, c.wp))
     cdef bint dies = c.flags & CHUNK_DIES
     c.flags = (c.flags & ~(CHUNK_FAIL_WRITE | CHUNK_DIES)) | CHUNK_FAIL_RESET
     chunk_close_early(m, chunk)
@@ -435,16 +475,18 @@ cdef inline int media_program(media_t *m, uint32_t chunk, uint32_t sector, uint3
     cdef int status = media_check_write(m, chunk, sector, n)
     if status != MEDIA_OK:
         return status
+    m.good_sectors = 0
     if media_troubled(m):
         media_write_trouble(m, chunk, sector, n)
     if m.timing != NULL:
+        m.ended_pu = chunk_pu(m, chunk)
         m.ended_ns = timing_program(m.timing, chunk_pu(m, chunk), sector, n, m.ready_ns)
         m.ready_ns = 0
     if c.state == CHUNK_FREE:
         chunk_set(c, CHUNK_OPEN, 0)
         chunk_opened(m, chunk)
     if c.flags & CHUNK_FAIL_WRITE:
-        return media_program_failed(m, chunk)
+        return media_program_failed(m, chunk, sector)
     m.sectors_written += n
     wp = sector + n
     if c.type == CHUNK_RANDOM:
@@ -507,7 +549,9 @@ cdef inline uint64_t media_sense(media_t *m, uint64_t ppa, uint64_t ready_ns, bi
 
 
 cdef inline int media_read(media_t *m, uint64_t ppa, char *data, char *oob) noexcept nogil:
-    """Copy one sector (*data* and *oob* may be NULL). Buffers are filled with MEDIA_OK and MEDIA_HIGH_ECC only."""
+    """Copy one sector (*data* and *oob* may be NULL). Buffers are filled with MEDIA_OK and MEDIA_HIGH_ECC only, which
+    stands for very high effort too.
+    """
     cdef int status = MEDIA_OK
     if not media_readable(m, ppa):
         return MEDIA_UNWRITTEN
@@ -519,11 +563,12 @@ cdef inline int media_read(media_t *m, uint64_t ppa, char *data, char *oob) noex
         memcpy(data, media_data(m, ppa), m.geometry.sector_bytes)
     if oob != NULL:
         memcpy(oob, media_oob(m, ppa), m.geometry.oob_bytes)
-    m.chunks[ppa_chunk(m, ppa)].reads += 1
+    if not media_troubled(m):
+        m.chunks[ppa_chunk(m, ppa)].reads += 1
     m.sectors_read += 1
     if m.timing != NULL:
         timing_wait(m.timing, media_sense(m, ppa, 0, False))
-    return status
+    return MEDIA_HIGH_ECC if status == MEDIA_VERY_HIGH_ECC else status
 
 
 # --- reset and copy -----------------------------------------------------------------------------------------------
@@ -552,6 +597,7 @@ cdef inline int media_erase(media_t *m, uint32_t chunk) noexcept nogil:
     if media_troubled(m):
         media_erase_trouble(m, chunk)
     if m.timing != NULL:
+        m.ended_pu = chunk_pu(m, chunk)
         m.ended_ns = timing_erase(m.timing, chunk_pu(m, chunk), m.ready_ns)
         m.ready_ns = 0
     c.wear_index = wear_index_after(c)
@@ -583,6 +629,8 @@ cdef inline int media_copy(media_t *m, const uint64_t *source, uint64_t target, 
     for i in range(n):
         if not media_readable(m, source[i]):
             return MEDIA_UNWRITTEN
+        if media_troubled(m) and media_read_trouble(m, source[i]) == MEDIA_UNRECOVERED:
+            return MEDIA_UNRECOVERED
     if not ppa_exists(m, target):
         return MEDIA_WRITE_FAULT
     status = media_check_write(m, ppa_chunk(m, target), ppa_sector(m, target), n)

@@ -310,7 +310,9 @@ cdef inline int block_discard(io_t *io, const dsm_range_t *r, uint64_t *left) no
 # --- chunk notifications ------------------------------------------------------------------------------------------
 
 cdef enum:
+    NOTICE_MEDIUM_ERROR_RATE = 1 << 1
     NOTICE_HIGH_ERROR_RATE = 1 << 2
+    NOTICE_REFRESHED = 1 << 4
     NOTICE_UNRECOVERABLE = 1 << 3
     NOTICE_WEAR = 1 << 8
     NOTICE_OF_CHUNK = 1 << 1
@@ -371,13 +373,17 @@ cdef inline void note_failures(io_t *io, const flash_req_t *r, int status, uint1
 
 
 cdef inline void note_reads(io_t *io, const flash_req_t *r) noexcept nogil:
-    """Chunks that the flash noted while they were read: hard to read, or lost."""
+    """Chunks that the flash noted while they were read: hard to read, lost, or rewritten by the device for that."""
     cdef uint32_t i
+    cdef uint16_t state
     if io.ns.kind != KIND_OCSSD20 or r.noted == 0:
         return
     for i in range(min(r.n, <uint32_t>VECTOR_MAX)):
         if r.noted >> i & 1:
-            notify(io, address_of(r, i), NOTICE_UNRECOVERABLE if r.failed >> i & 1 else NOTICE_HIGH_ERROR_RATE)
+            state = NOTICE_HIGH_ERROR_RATE if r.very_high >> i & 1 else NOTICE_MEDIUM_ERROR_RATE
+            notify(io, address_of(r, i), NOTICE_UNRECOVERABLE if r.failed >> i & 1 else state)
+        if r.refreshed >> i & 1:
+            notify(io, address_of(r, i), NOTICE_REFRESHED)
 
 
 # --- raw namespaces -----------------------------------------------------------------------------------------------

@@ -13,12 +13,12 @@ from libc.string cimport memcpy, memset
 
 from ocssd_daemon.native.disk cimport cursor_skip, cursor_t, gather, scatter
 from ocssd_daemon.native.media cimport (
-    CHUNK_FAIL_RESET, CHUNK_FREE, CHUNK_OFFLINE, CHUNK_RANDOM, MEDIA_CHUNK_CLOSED_EARLY, MEDIA_INVALID_FIELD,
+    CHUNK_FREE, CHUNK_OFFLINE, CHUNK_RANDOM, MEDIA_CHUNK_CLOSED_EARLY, MEDIA_INVALID_FIELD,
     MEDIA_INVALID_RESET, MEDIA_OFFLINE, MEDIA_OK, MEDIA_OUT_OF_ORDER, MEDIA_UNRECOVERED, MEDIA_UNWRITTEN,
-    MEDIA_HIGH_ECC, MEDIA_WRITE_FAULT, MEDIA_WRITE_NEXT_UNIT,
-    chunk_opened, chunk_set, chunk_t, media_check_write, media_copy, media_data, media_oob, media_program,
-    media_program_failed, media_read_trouble, media_readable, media_reset, media_sense, media_t, media_troubled,
-    media_wait_ended, ppa_of, store_reserve,
+    MEDIA_HIGH_ECC, MEDIA_VERY_HIGH_ECC, MEDIA_WRITE_FAULT, MEDIA_WRITE_NEXT_UNIT,
+    chunk_t, media_check_write, media_copy, media_data, media_oob, media_program,
+    media_read_trouble, media_readable, media_refresh, media_reset, media_sense, media_t, media_troubled,
+    media_wait_ended, ppa_chunk, ppa_of, store_reserve,
 )
 from ocssd_daemon.native.nvme_wire cimport (
     NVME_EMPTY_PAGE, NVME_HIGH_ECC_12, NVME_INVALID_FIELD, NVME_LBA_RANGE, NVME_OK, NVME_WRITE_FAILED_12,
@@ -34,9 +34,9 @@ cdef enum:
 
 cdef enum:
     VECTOR_MAX = 64             # addresses of one command: the failure bitmap has 64 bits
-    FAULTS_MAX = 4096
     MARK_SHIFT = 4              # chunk_t.flags: the bad-block mark of 1.2 (nvme/raw12.py)
     MARK_BAD = 3                # BAD or GROWN_BAD
+    FEEDBACK_HIGH = 1           # flash_ns_t.feedback; bit 1: very high effort only
 
 cdef enum:                      # the parts of an address, from bit 0 up
     FIELD_SECTOR = 0
@@ -53,25 +53,15 @@ ctypedef struct field_t:
     uint8_t length
     uint32_t count
 
-ctypedef struct fault_t:        # an armed place; probability in 1/65536
-    uint32_t chunk              # of the device
-    uint32_t sector             # write faults only
-    uint32_t chance
-
 ctypedef struct flash_ns_t:
     media_t *media
     uint8_t kind
     uint8_t dulbe               # reading what is not written is an error
-    uint8_t feedback            # a read with high ECC effort says so (2.0, feature CAh)
+    uint8_t feedback            # bits of 2.0, feature CAh: which reads say what effort they took
     uint8_t fill                # predefined data: 0x00 or 0xff
     uint32_t chunk_base         # first chunk of this namespace in the device
     field_t fields[FIELDS]
     const uint8_t *foreign      # [total_pus] 1: somebody else owns the PU
-    fault_t *write_faults
-    uint32_t write_fault_count
-    fault_t *reset_faults
-    uint32_t reset_fault_count
-    uint64_t rng
 
 ctypedef struct flash_req_t:
     flash_ns_t *ns
@@ -83,6 +73,8 @@ ctypedef struct flash_req_t:
     char *oob                   # n entries, or NULL
     uint64_t failed             # bit i: address i
     uint64_t noted              # bit i: the read of address i was noted by the flash
+    uint64_t very_high          # bit i: that was for very high ECC effort
+    uint64_t refreshed          # bit i: it made the device rewrite the chunk
     int status                  # the first failure
 
 ctypedef struct run_t:          # addresses of one command that lie in one chunk, next to each other in the list
@@ -161,6 +153,8 @@ cdef inline void mark_failed(flash_req_t *r, uint32_t first, uint32_t n, int sta
 
 cdef inline int flash_status(const flash_ns_t *ns, int status) noexcept nogil:
     """A status of the flash core in the words of the namespace's version."""
+    if status == MEDIA_VERY_HIGH_ECC:
+        status = MEDIA_HIGH_ECC
     if ns.kind != KIND_OCSSD12:
         return status
     if status == MEDIA_UNWRITTEN:
@@ -174,14 +168,6 @@ cdef inline int flash_status(const flash_ns_t *ns, int status) noexcept nogil:
     if status == MEDIA_OK or status == NVME_LBA_RANGE or status == NVME_WRITE_FAILED_12:
         return status
     return NVME_INVALID_FIELD
-
-
-cdef inline uint32_t chance(flash_ns_t *ns) noexcept nogil:
-    """16 random bits (xorshift; the seed is a setting)."""
-    ns.rng ^= ns.rng << 13
-    ns.rng ^= ns.rng >> 7
-    ns.rng ^= ns.rng << 17
-    return <uint32_t>(ns.rng >> 40) & 0xffff
 
 
 # --- write --------------------------------------------------------------------------------------------------------
@@ -242,17 +228,6 @@ cdef inline bint check_writes(flash_req_t *r) noexcept nogil:
     return r.status == NVME_OK
 
 
-cdef inline uint32_t fault_at(flash_ns_t *ns, const run_t *run) noexcept nogil:
-    """Sectors of *run* that can be programmed before an armed write fault strikes; run.n when none does."""
-    cdef uint32_t i, good = run.n
-    cdef fault_t *f
-    for i in range(ns.write_fault_count):
-        f = &ns.write_faults[i]
-        if f.chunk == run.chunk and run.sector <= f.sector < run.sector + good and chance(ns) < f.chance:
-            good = f.sector - run.sector
-    return good
-
-
 cdef inline void data_skip(flash_req_t *r, uint64_t bytes) noexcept nogil:
     cdef uint64_t piece
     while r.has_data and bytes:
@@ -262,49 +237,33 @@ cdef inline void data_skip(flash_req_t *r, uint64_t bytes) noexcept nogil:
         bytes -= piece
 
 
-cdef inline void place_run(flash_req_t *r, const run_t *run, uint32_t n) noexcept nogil:
-    """Data and OOB of the first *n* sectors of *run* to where they will be programmed."""
+cdef inline void place_run(flash_req_t *r, const run_t *run) noexcept nogil:
+    """Data and OOB of *run* to where they will be programmed."""
     cdef media_t *m = r.ns.media
     cdef uint64_t ppa = ppa_of(m, run.chunk, run.sector)
-    cdef uint64_t bytes = <uint64_t>n * m.geometry.sector_bytes
+    cdef uint64_t bytes = <uint64_t>run.n * m.geometry.sector_bytes
     if r.has_data:
         gather(&r.data, media_data(m, ppa), bytes)
     else:
         memset(media_data(m, ppa), 0, bytes)
     if r.oob != NULL:
-        memcpy(media_oob(m, ppa), r.oob + <uint64_t>run.first * m.geometry.oob_bytes, <uint64_t>n * m.geometry.oob_bytes)
-
-
-cdef inline int program_part(media_t *m, const run_t *run, uint32_t good) noexcept nogil:
-    """A write fault after *good* sectors: those stay readable, the chunk closes early. Spec: 2.0, status 2F1h."""
-    cdef chunk_t *c = &m.chunks[run.chunk]
-    if c.state == CHUNK_FREE:
-        chunk_opened(m, run.chunk)
-    chunk_set(c, 4, run.sector + good)
-    m.sectors_written += good
-    return media_program_failed(m, run.chunk)
+        memcpy(media_oob(m, ppa), r.oob + <uint64_t>run.first * m.geometry.oob_bytes, <uint64_t>run.n * m.geometry.oob_bytes)
 
 
 cdef inline int write_run(flash_req_t *r, const run_t *run) noexcept nogil:
     cdef media_t *m = r.ns.media
-    cdef uint32_t good = fault_at(r.ns, run) if r.ns.write_fault_count else run.n
+    cdef uint32_t good = 0
     cdef int status = MEDIA_OK
     if m.chunks[run.chunk].state == CHUNK_FREE:
         status = store_reserve(m, run.chunk)
     if status == MEDIA_OK:
-        place_run(r, run, good)
-        data_skip(r, <uint64_t>(run.n - good) * m.geometry.sector_bytes)
-        if good == run.n:
-            status = media_program(m, run.chunk, run.sector, run.n)
-        else:
-            status = program_part(m, run, good)
+        place_run(r, run)
+        status = media_program(m, run.chunk, run.sector, run.n)
         media_wait_ended(m)
+        good = m.good_sectors
     else:
         data_skip(r, <uint64_t>run.n * m.geometry.sector_bytes)
-        good = 0
     if status != MEDIA_OK:
-        if good == run.n:
-            good = 0
         mark_failed(r, run.first + good, run.n - good, flash_status(r.ns, status))
     return status
 
@@ -354,7 +313,8 @@ cdef inline void return_sector(flash_req_t *r, uint32_t i, uint64_t ppa) noexcep
         scatter(&r.data, media_data(m, ppa), m.geometry.sector_bytes)
     if r.oob != NULL:
         memcpy(r.oob + <uint64_t>i * m.geometry.oob_bytes, media_oob(m, ppa), m.geometry.oob_bytes)
-    m.chunks[ppa >> m.geometry.sector_bits].reads += 1
+    if not media_troubled(m):
+        m.chunks[ppa >> m.geometry.sector_bits].reads += 1
     m.sectors_read += 1
     if m.timing != NULL:
         timing_wait(m.timing, media_sense(m, ppa, 0, False))
@@ -367,7 +327,20 @@ cdef inline int read_trouble(flash_req_t *r, uint32_t i, uint64_t ppa) noexcept 
     cdef int status = media_read_trouble(m, ppa)
     if m.wear != NULL and m.wear.noticed != noticed and i < VECTOR_MAX:
         r.noted |= 1ull << i
+        if status == MEDIA_VERY_HIGH_ECC:
+            r.very_high |= 1ull << i
+        if status != MEDIA_UNRECOVERED and media_refresh(m, ppa_chunk(m, ppa)):
+            r.refreshed |= 1ull << i
     return status
+
+
+cdef inline bint effort_is_told(const flash_ns_t *ns, int status) noexcept nogil:
+    """Does a read of that ECC effort say so? In 1.2 always; in 2.0 as the host has asked for. Spec: 2.0, feature CAh."""
+    if status == MEDIA_HIGH_ECC:
+        return ns.kind == KIND_OCSSD12 or ns.feedback & FEEDBACK_HIGH
+    if status == MEDIA_VERY_HIGH_ECC:
+        return ns.kind == KIND_OCSSD12 or ns.feedback != 0
+    return False
 
 
 cdef inline void read_sector(flash_req_t *r, uint32_t i, uint64_t ppa) noexcept nogil:
@@ -378,7 +351,7 @@ cdef inline void read_sector(flash_req_t *r, uint32_t i, uint64_t ppa) noexcept 
         mark_failed(r, i, 1, flash_status(r.ns, status))
         return
     return_sector(r, i, ppa)
-    if status == MEDIA_HIGH_ECC and r.ns.feedback and r.status == NVME_OK:
+    if effort_is_told(r.ns, status) and r.status == NVME_OK:
         r.status = flash_status(r.ns, status)
 
 
@@ -402,26 +375,19 @@ cdef inline bint marked_bad(const flash_ns_t *ns, uint32_t chunk) noexcept nogil
     return ns.kind == KIND_OCSSD12 and (ns.media.chunks[chunk].flags >> MARK_SHIFT) & MARK_BAD
 
 
-cdef inline void strike_reset_fault(flash_ns_t *ns, uint32_t chunk) noexcept nogil:
-    cdef uint32_t i
-    for i in range(ns.reset_fault_count):
-        if ns.reset_faults[i].chunk == chunk and chance(ns) < ns.reset_faults[i].chance:
-            ns.media.chunks[chunk].flags |= CHUNK_FAIL_RESET
-
-
 cdef inline int reset_chunk(flash_ns_t *ns, uint32_t chunk) noexcept nogil:
     """One chunk, whoever asks (vector reset, DSM, 1.2 erase). Erasing an erased block is success in 1.2."""
+    cdef int status
     if is_foreign(ns, chunk):
         return MEDIA_OFFLINE
     if marked_bad(ns, chunk):
         return MEDIA_INVALID_FIELD
     if ns.kind == KIND_OCSSD12 and ns.media.chunks[chunk].state == CHUNK_FREE:
         return MEDIA_OK
-    strike_reset_fault(ns, chunk)
-    if ns.media.chunks[chunk].flags & CHUNK_FAIL_RESET and ns.kind == KIND_OCSSD12:
-        media_reset(ns.media, chunk)
+    status = media_reset(ns.media, chunk)
+    if status == MEDIA_INVALID_RESET and ns.kind == KIND_OCSSD12:      # what may not be reset was refused above
         return NVME_WRITE_FAILED_12
-    return media_reset(ns.media, chunk)
+    return status
 
 
 cdef inline int reset_planes(flash_ns_t *ns, uint64_t address, uint32_t planes) noexcept nogil:

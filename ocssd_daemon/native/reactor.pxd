@@ -5,6 +5,9 @@ One loop, one writer: every flash and FTL structure is touched only while ``reac
 for one turn at a time (well below 1 ms) and lets a waiting control-plane thread go first, so that configuration and
 statistics never wait behind traffic. Times are CLOCK_MONOTONIC nanoseconds.
 
+A deadline that is the end of a program or an erase moves when a later read suspends that (``timing.pxd``): it is asked
+again when it is due.
+
 The reactor knows no protocol: a transport embeds ``source_t`` as the first member of its own struct.
 """
 
@@ -13,6 +16,8 @@ from libc.stdlib cimport free, realloc
 from libc.string cimport memset
 
 from ocssd_daemon.native.sys cimport cpu_relax, eventfd_drain, eventfd_signal, full_fence, now_ns
+
+from ocssd_daemon.native.timing cimport NO_PU, timing_revised, timing_t, wait_t
 
 cdef extern from "errno.h" nogil:
     int errno
@@ -111,6 +116,7 @@ ctypedef struct deferred_t:
     source_t *source
     uint64_t a
     uint64_t b
+    wait_t program              # what the deadline is the end of
 
 ctypedef struct report_t:
     uint64_t token
@@ -131,6 +137,7 @@ ctypedef struct reactor_t:
     uint32_t heap_len
     uint32_t heap_cap
     uint64_t deferred_order
+    timing_t **timing           # of the flash that is served; NULL, also behind it: deadlines do not move
     report_t reports[REACTOR_EVENTS]
     uint32_t reports_head
     uint32_t reports_tail
@@ -370,6 +377,9 @@ cdef inline void reactor_defer(reactor_t *r, source_t *source, uint64_t deadline
     r.heap[r.heap_len].source = source
     r.heap[r.heap_len].a = a
     r.heap[r.heap_len].b = b
+    r.heap[r.heap_len].program.pu = NO_PU
+    if r.timing != NULL and r.timing[0] != NULL and r.timing[0].last.end_ns == deadline_ns:
+        r.heap[r.heap_len].program = r.timing[0].last
     r.deferred_order += 1
     r.heap_len += 1
     heap_up(r.heap, r.heap_len - 1)
@@ -410,6 +420,19 @@ cdef inline void reactor_drain(reactor_t *r, source_t *source) noexcept nogil:
     free(others)
 
 
+cdef inline bint first_has_moved(reactor_t *r) noexcept nogil:
+    """Was the program that the first completion waits for suspended meanwhile? Then it is put back to its new place."""
+    cdef uint64_t end_ns
+    if r.heap[0].program.pu == <uint32_t>NO_PU or r.timing == NULL or r.timing[0] == NULL:
+        return False
+    end_ns = timing_revised(r.timing[0], &r.heap[0].program)
+    if end_ns <= r.heap[0].deadline_ns:
+        return False
+    r.heap[0].deadline_ns = end_ns
+    heap_down(r.heap, r.heap_len, 0)
+    return True
+
+
 cdef inline void count_lateness(reactor_t *r, uint64_t late_ns) noexcept nogil:
     cdef uint32_t bucket = 0
     cdef uint64_t v = late_ns
@@ -431,6 +454,8 @@ cdef inline int reactor_complete_due(reactor_t *r) noexcept nogil:
         return 0
     now = now_ns()
     while r.heap_len and r.heap[0].deadline_ns <= now and n < 4 * REACTOR_BUDGET:
+        if first_has_moved(r):
+            continue
         top = heap_pop(r)
         count_lateness(r, now - top.deadline_ns)
         top.source.complete(top.source, top.a, top.b)

@@ -13,7 +13,7 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 
 from ocssd_daemon.native.ftl cimport (
-    LBA_PAD, LINE_CLOSED, LINE_DEAD, LINE_FREE, LINE_OPEN, NO_LINE, NO_PPA, OOB_HASHED,
+    LBA_PAD, LINE_CLOSED, LINE_DEAD, LINE_FREE, LINE_OPEN, NO_LINE, NO_PPA, OOB_FLAGS, OOB_HASHED, OOB_LOST,
     data_hash, frontier_t, ftl_t, is_valid, l2p_get, line_chunk, line_of, next_seq, oob_mix, oob_t, set_valid,
     unit_program, write_oob,
 )
@@ -48,7 +48,7 @@ cdef inline void line_from_chunks(ftl_t *f, uint32_t line) noexcept nogil:
 
 
 cdef inline uint64_t seq_at(const ftl_t *f, uint32_t chunk, uint32_t sector) noexcept nogil:
-    return (<const oob_t *>media_oob(f.media, ppa_of(f.media, chunk, sector))).seq & ~OOB_HASHED
+    return (<const oob_t *>media_oob(f.media, ppa_of(f.media, chunk, sector))).seq & ~OOB_FLAGS
 
 
 cdef inline bint chunk_takes_part(const ftl_t *f, uint32_t chunk) noexcept nogil:
@@ -168,7 +168,7 @@ cdef inline int ftl_load_map(ftl_t *f) noexcept nogil:
 
 cdef inline bint entry_is_good(const ftl_t *f, const oob_t *oob, uint32_t ppa, bint verify_data) noexcept nogil:
     cdef uint32_t check = oob_mix(oob.seq, oob.lba, ppa)
-    if (oob.seq & ~OOB_HASHED) == 0 or oob.lba >= f.capacity_sectors:
+    if (oob.seq & ~OOB_FLAGS) == 0 or oob.lba >= f.capacity_sectors:
         return False
     if not oob.seq & OOB_HASHED:
         return oob.check == check
@@ -186,10 +186,11 @@ cdef inline void scan_chunk(ftl_t *f, uint32_t chunk, uint32_t *found, bint veri
         oob = <const oob_t *>media_oob(f.media, ppa)
         if not entry_is_good(f, oob, ppa, verify_data):
             continue
-        seq = oob.seq & ~OOB_HASHED
+        seq = oob.seq & ~OOB_FLAGS
+        f.lost_sectors += (oob.seq & OOB_LOST) != 0
         f.seq = max(f.seq, seq)
         if found[oob.lba]:
-            other = (<const oob_t *>media_oob(f.media, found[oob.lba] - 1)).seq & ~OOB_HASHED
+            other = (<const oob_t *>media_oob(f.media, found[oob.lba] - 1)).seq & ~OOB_FLAGS
             if other > seq:
                 continue
         found[oob.lba] = ppa + 1
@@ -207,8 +208,8 @@ cdef inline int ftl_recover(ftl_t *f, bint trust_trims, bint verify_data) noexce
         return RECOVERY_NO_MEMORY
     for pu in range(f.n_pus):
         for line in range(f.n_lines):
-            if f.media.chunks[line_chunk(f, line, pu)].state != CHUNK_OFFLINE:
-                scan_chunk(f, line_chunk(f, line, pu), found, verify_data)
+            # OFFLINE ones too: a chunk that failed holds what was not moved out of it yet.
+            scan_chunk(f, line_chunk(f, line, pu), found, verify_data)
     for lba in range(f.capacity_sectors):
         if not trust_trims or f.l2p[lba]:
             f.l2p[lba] = found[lba]

@@ -9,22 +9,25 @@ ended? Times are nanoseconds of the clock that the caller gives; nothing here re
     erase     PU only.
 
 A *row* is what one operation of a PU covers: the pages of all its planes. Sectors of one row that one command asks for
-cost one sense. The page kind (lower, middle, upper, top) is the row's number modulo the kinds.
+cost one sense. A table says of which kind (lower, middle, upper, top) the pages of a row are.
 
 A resource is a *timeline*: sorted, disjoint busy slots. An operation takes the first gap that holds it, so a transfer
 far in the future does not block the channel now. Programs and erases of one PU keep their order. With *suspend* a sense
-does not wait for a program or an erase: it cuts in, and everything behind moves back.
+does not wait for a program or an erase: it cuts in, and everything behind moves back. Ends that were told before
+move too: whoever waits for one keeps a ``wait_t`` and asks ``timing_revised`` when it is due.
 
 User writes end when the write buffer has taken them; it gives a place back when the program ends.
 Knows no FTL and no media.
 """
 
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memmove
 
 cdef enum:
     SLOTS = 64                  # per timeline; when full, the first gap is given up, which only delays
+    CUTS = 32                   # interruptions that a PU remembers one by one
     PAGE_KINDS = 4
+    NO_PU = 0xffffffff
 
 
 ctypedef struct slot_t:
@@ -36,8 +39,20 @@ ctypedef struct timeline_t:
     uint32_t gaps_given_up
     slot_t slots[SLOTS]
 
+ctypedef struct cut_t:          # an interruption
+    uint64_t at_ns
+    uint64_t before_ns          # how far the ones before it have moved things back, all together
+
+ctypedef struct wait_t:         # the end of a program or an erase that later interruptions may move
+    uint64_t end_ns
+    uint64_t shifted_ns         # pu_time_t.shifted_ns when it was told
+    uint32_t pu                 # NO_PU: it does not move
+
 ctypedef struct pu_time_t:
     timeline_t line
+    uint64_t shifted_ns         # sum over all interruptions
+    uint64_t n_cuts
+    cut_t cuts[CUTS]            # the newest, at n_cuts % CUTS
     uint64_t senses_until_ns    # with suspend: senses keep their order among themselves
     uint64_t programs_until_ns  # programs and erases keep theirs
     uint64_t read_register_ns   # the register's data has left the PU
@@ -46,8 +61,8 @@ ctypedef struct pu_time_t:
     uint64_t sensed_command
     uint64_t sensed_ns
 
-ctypedef struct held_t:         # sectors that leave the write buffer together
-    uint64_t at_ns
+ctypedef struct held_t:         # sectors that leave the write buffer together, when their program has ended
+    wait_t program
     uint32_t sectors
 
 ctypedef struct timing_t:
@@ -62,22 +77,24 @@ ctypedef struct timing_t:
     uint32_t kinds
     uint32_t suspend
     uint32_t row_sectors
+    const uint8_t *kind_of_row  # [rows of a chunk]
     uint32_t buffer_sectors     # 0: a write ends when it is programmed
     uint32_t pus_per_channel
     # who is busy until when
     pu_time_t *pus
     timeline_t *channels
-    held_t *held                # heap on at_ns
+    held_t *held                # heap on program.end_ns
     uint32_t held_len
     uint32_t held_cap
     uint64_t buffered           # sectors in the write buffer
     uint64_t admitted_ns        # writes are taken in order
     uint64_t moved_ns           # when what GC has moved so far is programmed
-    uint64_t flushed_ns         # when all user data that was programmed so far is in the array
+    wait_t flushed              # when all user data that was programmed so far is in the array
     # the command in hand
     uint64_t now_ns
     uint64_t command
     uint64_t done_ns
+    wait_t last                 # the program or erase that it waits for, if that is what ends last
     # counters
     uint64_t senses
     uint64_t programs
@@ -144,15 +161,15 @@ cdef inline uint64_t timeline_reserve(timeline_t *t, uint64_t earliest_ns, uint6
     return earliest_ns
 
 
-cdef inline bint timeline_cut_in(timeline_t *t, uint64_t start_ns, uint64_t length_ns) noexcept nogil:
-    """Take [start, start + length) now; what is in the way moves back. Returns whether something was interrupted."""
+cdef inline uint64_t timeline_cut_in(timeline_t *t, uint64_t start_ns, uint64_t length_ns) noexcept nogil:
+    """Take [start, start + length) now; what is in the way moves back. Returns by how much, 0 when nothing was."""
     cdef uint32_t i = 0, j
     cdef uint64_t shift
     while i < t.n and t.slots[i].end_ns <= start_ns:
         i += 1
     if i == t.n or start_ns + length_ns <= t.slots[i].start_ns:
         timeline_insert(t, i, start_ns, start_ns + length_ns)
-        return False
+        return 0
     if t.slots[i].start_ns <= start_ns:
         shift = length_ns
         t.slots[i].end_ns += shift
@@ -163,7 +180,7 @@ cdef inline bint timeline_cut_in(timeline_t *t, uint64_t start_ns, uint64_t leng
     for j in range(i + 1, t.n):
         t.slots[j].start_ns += shift
         t.slots[j].end_ns += shift
-    return True
+    return shift
 
 
 # --- a command ----------------------------------------------------------------------------------------------------
@@ -172,11 +189,57 @@ cdef inline void timing_begin(timing_t *t, uint64_t now_ns) noexcept nogil:
     t.now_ns = max(t.now_ns, now_ns)
     t.command += 1
     t.done_ns = t.now_ns + t.controller_ns
+    t.last.pu = NO_PU
 
 
 cdef inline void timing_wait(timing_t *t, uint64_t until_ns) noexcept nogil:
     """The command does not end before *until_ns*."""
-    t.done_ns = max(t.done_ns, until_ns)
+    if until_ns > t.done_ns:
+        t.done_ns = until_ns
+        t.last.pu = NO_PU
+
+
+cdef inline uint64_t timing_revised(const timing_t *t, const wait_t *w) noexcept nogil:
+    """When what *w* waits for really ends: interruptions since, as far as they began before that end, have moved it.
+
+    They begin in order, so those that count are all but the newest few. Only when more than CUTS of them lie behind the
+    end are the oldest of those counted too.
+    """
+    cdef const pu_time_t *p
+    cdef uint64_t end_ns = w.end_ns, total_ns, i, revised_ns
+    if w.pu == <uint32_t>NO_PU:
+        return end_ns
+    p = &t.pus[w.pu]
+    while p.shifted_ns != w.shifted_ns:
+        total_ns = p.shifted_ns
+        i = p.n_cuts
+        while i and p.n_cuts - i < CUTS and p.cuts[(i - 1) % CUTS].at_ns >= end_ns:
+            i -= 1
+            total_ns = p.cuts[i % CUTS].before_ns
+        revised_ns = w.end_ns + (total_ns - w.shifted_ns if total_ns > w.shifted_ns else 0)
+        if revised_ns <= end_ns:
+            break
+        end_ns = revised_ns
+    return end_ns
+
+
+cdef inline wait_t timing_told(const timing_t *t, uint32_t pu, uint64_t end_ns) noexcept nogil:
+    """What to keep of a program or an erase of *pu* that ends at *end_ns* as things stand."""
+    cdef wait_t w
+    w.end_ns = end_ns
+    w.shifted_ns = t.pus[pu].shifted_ns
+    w.pu = pu if t.suspend else NO_PU
+    return w
+
+
+cdef inline void timing_wait_for(timing_t *t, const wait_t *w) noexcept nogil:
+    """The command lasts until *w*, wherever that moves. Of several, the one that ends last as things stand is followed."""
+    cdef uint64_t end_ns = timing_revised(t, w)
+    if end_ns >= t.done_ns:
+        t.done_ns = end_ns
+        t.last.pu = w.pu
+        t.last.end_ns = end_ns
+        t.last.shifted_ns = t.pus[w.pu].shifted_ns if w.pu != <uint32_t>NO_PU else 0
 
 
 cdef inline uint64_t timing_earliest(const timing_t *t, uint64_t ready_ns) noexcept nogil:
@@ -192,6 +255,22 @@ cdef inline uint64_t timing_transfer(timing_t *t, uint32_t pu, uint64_t earliest
     return timeline_reserve(channel, earliest_ns, length_ns)
 
 
+cdef inline void timing_interrupt(timing_t *t, pu_time_t *p, uint64_t start_ns, uint64_t length_ns) noexcept nogil:
+    """Cut in at *start_ns*, and remember what that moved."""
+    cdef uint64_t shift_ns = timeline_cut_in(&p.line, start_ns, length_ns)
+    if shift_ns == 0:
+        return
+    t.suspensions += 1
+    p.cuts[p.n_cuts % CUTS].at_ns = start_ns
+    p.cuts[p.n_cuts % CUTS].before_ns = p.shifted_ns
+    p.n_cuts += 1
+    p.shifted_ns += shift_ns
+    if p.programs_until_ns > start_ns:
+        p.programs_until_ns += shift_ns
+    if p.write_register_ns > start_ns:
+        p.write_register_ns += shift_ns
+
+
 cdef inline uint64_t timing_sense_row(timing_t *t, pu_time_t *p, uint64_t earliest_ns, uint64_t cost_ns,
                                       bint background) noexcept nogil:
     """Sense one row. Returns when it is in the register."""
@@ -204,9 +283,7 @@ cdef inline uint64_t timing_sense_row(timing_t *t, pu_time_t *p, uint64_t earlie
         start_ns = timeline_reserve(&p.line, earliest_ns, cost_ns)
     else:
         start_ns = max(earliest_ns, p.senses_until_ns)
-        if timeline_cut_in(&p.line, start_ns, t.suspend_ns + cost_ns):
-            t.suspensions += 1
-            p.programs_until_ns += t.suspend_ns + cost_ns
+        timing_interrupt(t, p, start_ns, t.suspend_ns + cost_ns)
         start_ns += t.suspend_ns
         p.senses_until_ns = start_ns + cost_ns
     t.senses += 1
@@ -227,7 +304,7 @@ cdef inline uint64_t timing_sense(timing_t *t, uint32_t pu, uint32_t chunk, uint
     cdef uint64_t start_ns
     if p.sensed_command != t.command or p.sensed_row != name or extra_ns:
         p.sensed_ns = timing_sense_row(
-            t, p, earliest_ns, t.sense_ns[row % t.kinds] + extra_ns, background)
+            t, p, earliest_ns, t.sense_ns[t.kind_of_row[row]] + extra_ns, background)
         p.sensed_row = name
         p.sensed_command = t.command
     start_ns = timing_transfer(t, pu, max(earliest_ns, p.sensed_ns), 1)
@@ -239,7 +316,7 @@ cdef inline uint64_t timing_sense(timing_t *t, uint32_t pu, uint32_t chunk, uint
 cdef inline uint64_t timing_program_row(timing_t *t, uint32_t pu, uint32_t row, uint32_t sectors,
                                         uint64_t ready_ns) noexcept nogil:
     cdef pu_time_t *p = &t.pus[pu]
-    cdef uint64_t cost_ns = t.program_ns[row % t.kinds]
+    cdef uint64_t cost_ns = t.program_ns[t.kind_of_row[row]]
     cdef uint64_t loaded_ns, start_ns
     loaded_ns = timing_transfer(t, pu, max(timing_earliest(t, ready_ns), p.write_register_ns), sectors)
     loaded_ns += sectors * t.transfer_ns_per_sector
@@ -265,21 +342,32 @@ cdef inline uint64_t timing_program(timing_t *t, uint32_t pu, uint32_t sector, u
     return end_ns
 
 
-cdef inline void timing_delay(timing_t *t, uint32_t pu, uint64_t slow_ns, uint64_t hang_ns) noexcept nogil:
-    """The PU stands still for *hang_ns* before its next operation, and is busy for *slow_ns* with nothing useful."""
+cdef inline void timing_occupy(timing_t *t, uint32_t pu, uint64_t length_ns, uint64_t ready_ns) noexcept nogil:
+    """The PU is busy for *length_ns*, in the order of its programs and erases, and not before *ready_ns*."""
     cdef pu_time_t *p = &t.pus[pu]
-    cdef uint64_t earliest_ns = max(timing_earliest(t, 0), p.programs_until_ns)
-    cdef uint64_t length_ns = slow_ns + hang_ns
+    cdef uint64_t earliest_ns = max(timing_earliest(t, ready_ns), p.programs_until_ns)
     timeline_forget(&p.line, t.now_ns)
     p.programs_until_ns = timeline_reserve(&p.line, earliest_ns, length_ns) + length_ns
-    timing_wait(t, p.programs_until_ns)
+
+
+cdef inline void timing_delay(timing_t *t, uint32_t pu, uint64_t slow_ns, uint64_t hang_ns) noexcept nogil:
+    """The PU stands still for *hang_ns* before its next operation, and is busy for *slow_ns* with nothing useful."""
+    timing_occupy(t, pu, slow_ns + hang_ns, 0)
+    timing_wait(t, t.pus[pu].programs_until_ns)
+
+
+cdef inline uint64_t timing_rewrite_ns(const timing_t *t, uint32_t sectors) noexcept nogil:
+    """How long a PU takes to read, erase and program again the first *sectors* of a chunk, without its channel."""
+    cdef uint64_t length_ns = t.erase_ns
+    cdef uint32_t row
+    for row in range((sectors + t.row_sectors - 1) // t.row_sectors):
+        length_ns += t.sense_ns[t.kind_of_row[row]] + t.program_ns[t.kind_of_row[row]]
+    return length_ns
 
 
 cdef inline uint64_t timing_erase(timing_t *t, uint32_t pu, uint64_t ready_ns) noexcept nogil:
     cdef pu_time_t *p = &t.pus[pu]
-    cdef uint64_t earliest_ns = max(timing_earliest(t, ready_ns), p.programs_until_ns)
-    timeline_forget(&p.line, t.now_ns)
-    p.programs_until_ns = timeline_reserve(&p.line, earliest_ns, t.erase_ns) + t.erase_ns
+    timing_occupy(t, pu, t.erase_ns, ready_ns)
     t.erases += 1
     t.erase_busy_ns += t.erase_ns
     return p.programs_until_ns
@@ -289,7 +377,7 @@ cdef inline uint64_t timing_erase(timing_t *t, uint32_t pu, uint64_t ready_ns) n
 
 cdef inline void held_up(held_t *heap, uint32_t i) noexcept nogil:
     cdef held_t item = heap[i]
-    while i > 0 and item.at_ns < heap[(i - 1) >> 1].at_ns:
+    while i > 0 and item.program.end_ns < heap[(i - 1) >> 1].program.end_ns:
         heap[i] = heap[(i - 1) >> 1]
         i = (i - 1) >> 1
     heap[i] = item
@@ -299,9 +387,9 @@ cdef inline void held_down(held_t *heap, uint32_t n) noexcept nogil:
     cdef held_t item = heap[0]
     cdef uint32_t i = 0, child = 1
     while child < n:
-        if child + 1 < n and heap[child + 1].at_ns < heap[child].at_ns:
+        if child + 1 < n and heap[child + 1].program.end_ns < heap[child].program.end_ns:
             child += 1
-        if heap[child].at_ns >= item.at_ns:
+        if heap[child].program.end_ns >= item.program.end_ns:
             break
         heap[i] = heap[child]
         i = child
@@ -309,9 +397,20 @@ cdef inline void held_down(held_t *heap, uint32_t n) noexcept nogil:
     heap[i] = item
 
 
+cdef inline uint64_t buffer_next(timing_t *t) noexcept nogil:
+    """When the buffer gives its next place back, after what has interrupted programs meanwhile. It holds something."""
+    cdef uint64_t end_ns
+    while True:
+        end_ns = timing_revised(t, &t.held[0].program)
+        if end_ns == t.held[0].program.end_ns:
+            return end_ns
+        t.held[0].program = timing_told(t, t.held[0].program.pu, end_ns)
+        held_down(t.held, t.held_len)
+
+
 cdef inline uint64_t buffer_release(timing_t *t) noexcept nogil:
     """Take out what leaves the buffer first. Returns when that is."""
-    cdef uint64_t at_ns = t.held[0].at_ns
+    cdef uint64_t at_ns = buffer_next(t)
     t.buffered -= t.held[0].sectors
     t.held_len -= 1
     if t.held_len:
@@ -322,31 +421,34 @@ cdef inline uint64_t buffer_release(timing_t *t) noexcept nogil:
 
 cdef inline uint64_t timing_admit(timing_t *t) noexcept nogil:
     """A user sector arrives. Returns when it is in the buffer; waits, in order, while there is no place."""
-    cdef uint64_t at_ns = max(t.now_ns + t.controller_ns, t.admitted_ns)
+    cdef uint64_t at_ns = max(t.now_ns + t.controller_ns, t.admitted_ns), free_ns
     if t.buffer_sectors == 0:
         return t.now_ns + t.controller_ns
     t.buffered += 1
-    while t.held_len and (t.buffered > t.buffer_sectors or t.held[0].at_ns <= t.now_ns):
-        if t.buffered > t.buffer_sectors and t.held[0].at_ns > at_ns:
+    while t.held_len:
+        free_ns = buffer_next(t)
+        if t.buffered <= t.buffer_sectors and free_ns > t.now_ns:
+            break
+        if t.buffered > t.buffer_sectors and free_ns > at_ns:
             t.buffer_waits += 1
-            at_ns = t.held[0].at_ns
+            at_ns = free_ns
         buffer_release(t)
     t.admitted_ns = at_ns
     timing_wait(t, at_ns + t.buffer_ns)
     return at_ns + t.buffer_ns
 
 
-cdef inline void timing_hold(timing_t *t, uint64_t until_ns, uint32_t sectors) noexcept nogil:
-    """User sectors that were admitted are programmed at *until_ns*."""
+cdef inline void timing_hold(timing_t *t, const wait_t *program, uint32_t sectors) noexcept nogil:
+    """User sectors that were admitted are in the array when *program* has ended."""
     if sectors == 0:
         return
     if t.buffer_sectors == 0:
-        timing_wait(t, until_ns)
+        timing_wait_for(t, program)
         return
     # There is room: the buffer cannot hold more groups than sectors, and the heap has a place for each.
     if t.held_len == t.held_cap:
         buffer_release(t)
-    t.held[t.held_len].at_ns = until_ns
+    t.held[t.held_len].program = program[0]
     t.held[t.held_len].sectors = sectors
     t.held_len += 1
     held_up(t.held, t.held_len - 1)

@@ -6,8 +6,9 @@ With x = P/E cycles / limit of the chunk (1 when it has no limit set and the mod
     raw bit error rate        rber * (1 + cycles_factor * x^2) * (1 + retention_factor * x * days) + disturb * reads
     errors of one read        Poisson of rate * bits; each retry level multiplies the rate by retry_gain and costs a sense
 
-At most ecc_bits per sector are corrected. Above the notice share of that, a read counts as one with high ECC effort.
-A chunk that deserves attention is noted once per erase, for the notification log and for the FTL.
+At most ecc_bits per sector are corrected. Above the notice share of that, a read counts as one with high ECC effort; one
+that needed retries, with very high effort. A chunk that deserves attention is noted, each state once per erase, for the
+notification log and for the FTL.
 
 Knows no media: it is handed the numbers of a chunk. Times are ns, rates are per bit.
 """
@@ -20,7 +21,8 @@ from ocssd_daemon.native.faults cimport fault_random
 cdef enum:                      # outcome of a read
     READ_GOOD = 0
     READ_HIGH_ECC = 1
-    READ_UNCORRECTABLE = 2
+    READ_VERY_HIGH_ECC = 2      # not without retries
+    READ_UNCORRECTABLE = 3
 
 cdef enum:                      # notice_t.state: the bits of the chunk notification log (OCSSD 2.0, 5.8)
     NOTICE_LOW_ERRORS = 1
@@ -52,6 +54,7 @@ ctypedef struct wear_t:
     uint32_t pe_limit           # for chunks that have none of their own
     uint32_t ecc_bits           # 0: no bit errors
     uint32_t retries
+    uint32_t refresh            # 1: the device itself rewrites a chunk of raw flash that is hard to read
     uint32_t wear_delta         # wear-level index that is noted; 0: never
     uint64_t retry_ns
     uint64_t rng
@@ -65,10 +68,12 @@ ctypedef struct wear_t:
     # counters
     uint64_t bits_corrected
     uint64_t retried_reads
-    uint64_t high_ecc_reads
+    uint64_t high_ecc_reads     # very high ones too
+    uint64_t very_high_ecc_reads
     uint64_t uncorrectable_reads
     uint64_t program_failures
     uint64_t erase_failures
+    uint64_t chunks_refreshed   # by the device itself
 
 
 cdef inline double wear_uniform(wear_t *w) noexcept nogil:
@@ -132,7 +137,11 @@ cdef inline int wear_read(wear_t *w, double mean) noexcept nogil:
         w.uncorrectable_reads += 1
         return READ_UNCORRECTABLE
     w.bits_corrected += errors
-    if w.levels or errors > w.notice_share * w.ecc_bits:
+    if w.levels:
+        w.high_ecc_reads += 1
+        w.very_high_ecc_reads += 1
+        return READ_VERY_HIGH_ECC
+    if errors > w.notice_share * w.ecc_bits:
         w.high_ecc_reads += 1
         return READ_HIGH_ECC
     return READ_GOOD
@@ -141,7 +150,7 @@ cdef inline int wear_read(wear_t *w, double mean) noexcept nogil:
 cdef inline void wear_note(wear_t *w, uint32_t chunk, uint32_t sector, uint16_t state) noexcept nogil:
     """Note *state* of a chunk, once until its next erase."""
     cdef notice_t *notice
-    cdef uint8_t bit = 1 if state == NOTICE_WEAR else 2 if state == NOTICE_UNRECOVERABLE else 4
+    cdef uint8_t bit = 0x80 if state == NOTICE_WEAR else <uint8_t>state
     if w.noted[chunk] & bit:
         return
     w.noted[chunk] |= bit

@@ -70,15 +70,13 @@ def _block(nsid: int, disk: Any, identity: uuid.UUID) -> BlockNamespace:
                           identity=identity, disk=disk, preferred_lbas=disk.sector_bytes // disk.block_bytes)
 
 
-def attach(namespaces: Sequence[Namespace], queues: Any, foreign: np.ndarray, *, seed: int = 1,
-           write_faults: Any = None, reset_faults: Any = None) -> None:
+def attach(namespaces: Sequence[Namespace], queues: Any, foreign: np.ndarray) -> None:
     """Make the namespaces known to the I/O queues. *foreign* is uint8, one per PU, and stays shared."""
     for namespace in namespaces:
         if isinstance(namespace, Ocssd12Namespace):     # 1.2 has no chunk states: a block may always be erased
             namespace.media.early_reset = namespace.media.multi_reset = True
         if isinstance(namespace, RawNamespace):
-            queues.add_raw(namespace, foreign, write_faults=write_faults, reset_faults=reset_faults,
-                           seed=seed + namespace.nsid)
+            queues.add_raw(namespace, foreign)
         elif isinstance(namespace, BlockNamespace):
             queues.add_block(namespace.nsid, namespace.disk)
 

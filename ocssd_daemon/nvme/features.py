@@ -70,7 +70,7 @@ def _dulbe(controller: Controller, nsid: int, value: int) -> Answer:
 
 
 def _feedback(controller: Controller, nsid: int, value: int) -> Answer:
-    controller.queues.set_media_feedback(nsid, bool(value & 3))
+    controller.queues.set_media_feedback(nsid, value & 3)
     return OK
 
 

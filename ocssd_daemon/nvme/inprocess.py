@@ -12,12 +12,19 @@ So a researcher writes an FTL in a notebook against the very rules that a guest 
 An LBA packs, from bit 0: sector, chunk, PU, group. Failures are values: *status* is NVMe's (SCT << 8 | SC, 0 is
 success; ``describe(status)`` says it in words), *failed* a 64-bit map of the addresses that failed. Exceptions are for
 wrong arguments (ValueError). Sizes are sectors unless the name says bytes. Not thread-safe.
+
+With a virtual clock commands take the time that the flash would take, without anybody waiting for it::
+
+    ssd = Device(clock="virtual", latency="tlc")
+    ssd.now_ns = 5_000              # when the next command is issued
+    status, failed = ssd.reset(ssd.lba(chunk=3))
+    ssd.done_ns                     # when it ends
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -25,7 +32,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from ocssd_daemon._fast import Media
 from ocssd_daemon._nvme import Flash
+from ocssd_daemon._physics import Timing, attach_timing
 from ocssd_daemon.nand.geometry import Geometry, validate
+from ocssd_daemon.nand.latency import Latency, resolve
 from ocssd_daemon.nand.store import Store, open_file, open_ram
 
 from ..protocol.nvme import ocssd20
@@ -44,19 +53,27 @@ class Device:
     """OCSSD 2.0 flash in RAM, or in the image file *store*. Keyword arguments are the fields of the geometry.
 
     *early_reset*: an open chunk may be reset. *multi_reset*: a free one too. *dlfeat*: unwritten sectors read as zeroes
-    (1) or ones (2). Acquires the image and its lock until ``close``, also by ``with``. Raises GeometryError,
-    StoreError.
+    (1) or ones (2). *clock* ``virtual``: a command is issued at ``now_ns``, which is yours to set, and ends at ``done_ns``,
+    by the numbers of *latency*: the name of a profile, a profile file, or a dict of the settings ``latency.*``. ``real``:
+    nothing takes time. Acquires the image and its lock until ``close``, also by ``with``. Raises GeometryError,
+    StoreError, LatencyError.
     """
 
     def __init__(self, *, store: str | None = None, early_reset: bool = True, multi_reset: bool = False,
-                 dlfeat: int = 1,
-                 **shape: int) -> None:
+                 dlfeat: int = 1, clock: Literal["real", "virtual"] = "real",
+                 latency: str | Mapping[str, Any] = "none", **shape: int) -> None:
+        if clock not in ("real", "virtual"):
+            raise ValueError(f"clock={clock}: must be real or virtual")
+        if clock == "real" and latency != "none":
+            raise ValueError("latency: only with clock='virtual'; a daemon serves flash that takes real time")
         wanted = validate(msgspec.convert(shape, Geometry))
         self._store: Store = open_ram(wanted) if store is None else open_file(store, wanted, bool(shape))
         self.geometry = self._store.geometry
         self._media = Media(self._store, early_reset=early_reset, multi_reset=multi_reset)
         self._namespace = raw_namespace("ocssd20", 1, self._media, dlfeat=dlfeat)
         self._flash = Flash(self._namespace, np.zeros(self.geometry.total_pus, np.uint8))
+        if clock == "virtual":
+            attach_timing(self._media, _timing(latency, self.geometry), virtual=True)
 
     def close(self) -> None:
         """Release the image. Arrays that were returned stay valid."""
@@ -68,6 +85,22 @@ class Device:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+    # ---- time, with clock="virtual" -----------------------------------------------------------------------
+
+    @property
+    def now_ns(self) -> int:
+        """When the next command is issued. It never runs backwards: an earlier time counts as the latest one so far."""
+        return int(self._media.now_ns)
+
+    @now_ns.setter
+    def now_ns(self, value: int) -> None:
+        self._media.now_ns = value
+
+    @property
+    def done_ns(self) -> int:
+        """When the last command ends."""
+        return int(self._media.done_ns)
 
     # ---- what there is ------------------------------------------------------------------------------------
 
@@ -125,6 +158,15 @@ class Device:
         if len(origin) != len(addresses):
             raise ValueError(f"{len(origin)} sources for {len(addresses)} targets")
         return self._flash.copy(origin, addresses)
+
+
+def _timing(latency: str | Mapping[str, Any], geometry: Geometry) -> Timing | None:
+    numbers = {"profile": latency} if isinstance(latency, str) else dict(latency)
+    profile = numbers.pop("profile", "none")
+    if unknown := sorted(numbers.keys() - set(Latency.__struct_fields__)):
+        raise ValueError(f"latency: {unknown[0]}: must be one of profile, {', '.join(Latency.__struct_fields__)}")
+    resolved = resolve(profile, numbers, geometry)
+    return Timing(geometry, resolved) if resolved else None
 
 
 def _addresses(lbas: ArrayLike) -> NDArray[np.uint64]:

@@ -139,13 +139,10 @@ class Device:
 
     def __init__(self, reactor: Reactor, config: ControllerConfig, namespaces: list[Namespace],
                  foreign: np.ndarray, *,
-                 mapped_doorbells: bool = False, wear_threshold: int = 0, seed: int = 1,
-                 write_faults: np.ndarray | None = None,
-                 reset_faults: np.ndarray | None = None) -> None:
+                 mapped_doorbells: bool = False, wear_threshold: int = 0) -> None:
         self.reactor, self.config, self.namespaces, self.foreign = reactor, config, namespaces, foreign
         self.mapped_doorbells = mapped_doorbells
-        self.wear_threshold, self.seed = wear_threshold, seed
-        self.write_faults, self.reset_faults = write_faults, reset_faults
+        self.wear_threshold = wear_threshold
 
 
 class Client:
@@ -169,8 +166,7 @@ class Client:
             mapped_doorbells=device.mapped_doorbells, max_transfer_bytes=config.max_transfer_bytes,
             wear_threshold=device.wear_threshold)
         self.memory = ClientMemory(mapped, self._dma_read, self._dma_write, self._by_message)
-        attach(device.namespaces, self.queues, device.foreign, seed=device.seed, write_faults=device.write_faults,
-               reset_faults=device.reset_faults)
+        attach(device.namespaces, self.queues, device.foreign)
         self.controller = build_controller(config, device.namespaces, self.queues, device.foreign,
                                            wear_threshold=device.wear_threshold)
         self._config_space = ConfigSpace(config)

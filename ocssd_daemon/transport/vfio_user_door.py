@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import trio
 
@@ -11,7 +11,7 @@ from ocssd_daemon.device import DeviceError
 from ocssd_daemon.log import kv
 from ocssd_daemon.nvme.assembly import config_of, namespaces_of
 from ocssd_daemon.nvme.namespaces import Namespace, Ocssd12Namespace
-from ocssd_daemon.nvme.state_files import apply_bad_blocks, apply_chunk_states, read_faults
+from ocssd_daemon.nvme.state_files import apply_bad_blocks
 from ocssd_daemon.nvme.suitability import SPDK, problems
 from ocssd_daemon.transport.vfio_user import Device as NvmeDevice
 from ocssd_daemon.transport.vfio_user import VfioUserServer
@@ -60,22 +60,14 @@ def _nvme_device(device: Device) -> NvmeDevice:
     store_uuid = device.store.superblock.uuid if device.settings.store else ""
     namespaces = namespaces_of(nvme, device.media, disk, store_uuid=store_uuid)
     with device.reactor.paused():
-        _set_states(nvme, device.media, namespaces)
+        _mark_bad_blocks(nvme, namespaces)
     return NvmeDevice(
         device.reactor, config_of(nvme), namespaces, device.ftl_owns, mapped_doorbells=nvme.doorbells == "mapped",
-        wear_threshold=nvme.wear_threshold, seed=device.settings.seed,
-        write_faults=_faults(nvme.write_fault_file, device, sectors=True),
-        reset_faults=_faults(nvme.reset_fault_file, device, sectors=False),
+        wear_threshold=nvme.wear_threshold,
     )
 
 
-def _set_states(nvme: NvmeSettings, media: Any, namespaces: list[Namespace]) -> None:
-    if nvme.chunk_state_file is not None:
-        apply_chunk_states(nvme.chunk_state_file, media)
+def _mark_bad_blocks(nvme: NvmeSettings, namespaces: list[Namespace]) -> None:
     for namespace in namespaces:
         if nvme.bad_block_file is not None and isinstance(namespace, Ocssd12Namespace):
             apply_bad_blocks(nvme.bad_block_file, namespace)
-
-
-def _faults(path: str | None, device: Device, *, sectors: bool) -> Any:
-    return None if path is None else read_faults(path, device.geometry, sectors=sectors)

@@ -54,25 +54,68 @@ def test_a_write_that_a_rule_fails_closes_the_chunk_early(start):
     assert host.vector_write(run(0, 4), sectors(4)).status == 0
 
 
+def set_feedback(host, bits):
+    assert host.admin(0x09, 1, dwords=struct.pack("<II", FEEDBACK, bits)).status == 0
+
+
 def test_high_ecc_effort_is_a_status_only_with_media_feedback(start):
     target, host = start()
     fill(host, 0)
-    give_wear(target, mean=99)
+    give_wear(target, mean=80, retries=0)
     assert host.vector_read(run(0, 4))[0].status == 0
-    assert host.admin(0x09, 1, dwords=struct.pack("<II", FEEDBACK, 1)).status == 0
+    set_feedback(host, 1)
     done, data, _ = host.vector_read(run(0, 4))
     assert (done.status & STATUS, data) == (0x2D0, sectors(4))
 
 
-def test_chunks_that_are_hard_to_read_are_notified_once(start):
+def test_with_bit_1_of_media_feedback_only_very_high_effort_is_told(start):
+    target, host = start()
+    fill(host, 0)
+    set_feedback(host, 2)
+    give_wear(target, mean=80, retries=0)
+    assert host.vector_read(run(0, 4))[0].status == 0
+    give_wear(target, mean=140)        # more than ECC corrects: retries
+    done, data, _ = host.vector_read(run(0, 4))
+    assert (done.status & STATUS, data) == (0x2D0, sectors(4))
+
+
+def test_a_chunk_is_notified_once_of_each_degree_of_errors(start):
     target, host = start()
     fill(host, 0)
     fill(host, CHUNK)
-    give_wear(target, mean=99)
+    give_wear(target, mean=80, retries=0)
     for _ in range(3):
         host.vector_read(run(0, 4))
         host.vector_read(run(CHUNK, 4))
-    assert notices(host) == [(0, 1 << 2), (CHUNK, 1 << 2)]
+    assert notices(host) == [(0, 1 << 1), (CHUNK, 1 << 1)]
+    give_wear(target, mean=140)
+    for _ in range(3):
+        host.vector_read(run(CHUNK, 4))
+    assert notices(host) == [(0, 1 << 1), (CHUNK, 1 << 1), (CHUNK, 1 << 2)]
+
+
+def test_a_device_that_refreshes_rewrites_the_chunk_and_notifies_that(start):
+    target, host = start()
+    fill(host, 0)
+    give_wear(target, mean=80, retries=0, refresh=True)
+    before = target.media.chunks[0].copy()
+    assert host.vector_read(run(0, 4))[0].status == 0
+    assert notices(host)[:2] == [(0, 1 << 1), (0, 1 << 4)]
+    after = target.media.chunks[0]
+    assert after["pe_cycles"] > before["pe_cycles"]
+    assert (after["state"], after["wp"]) == (before["state"], before["wp"])
+    give_wear(target, mean=0)
+    assert host.vector_read(run(0, 4))[1] == sectors(4)
+
+
+def test_in_1_2_high_effort_is_the_warning_that_lightnvm_knows(start):
+    target, host = start(("ocssd12",))
+    assert host.vector_write(run(0, 4), sectors(4)).status == 0
+    give_wear(target, mean=80, retries=0)
+    done, data, _ = host.vector_read(run(0, 4))
+    assert (done.status & STATUS, data) == (0x700, sectors(4))
+    give_wear(target, mean=500, retries=0)
+    assert host.vector_read(run(0, 4))[0].status & STATUS == 0x281
 
 
 def test_what_ecc_and_retries_cannot_recover_is_an_error_and_notified(start):

@@ -70,3 +70,45 @@ def test_an_image_keeps_the_flash(tmp_path):
         assert ssd.write(ssd.lba(sector=range(4)), rows(4, 4096, 5)) == (0, 0)
     with Device(store=path) as ssd:
         assert np.array_equal(ssd.read(ssd.lba(sector=range(4)))[2], rows(4, 4096, 5))
+
+
+NUMBERS = {"sense_ns": 40_000, "program_ns": 800_000, "erase_ns": 2_000_000, "transfer_ns_per_sector": 5_000,
+           "controller_ns": 1_000}
+
+
+def test_with_a_virtual_clock_commands_take_the_time_of_the_flash():
+    with Device(**SHAPE, clock="virtual", latency=NUMBERS) as ssd:
+        unit = ssd.lba(chunk=1, sector=range(8))
+        ssd.now_ns = 10_000
+        assert ssd.write(unit, rows(8, 4096, 1)) == (0, 0)
+        assert ssd.done_ns == 10_000 + 1_000 + 8 * 5_000 + 800_000
+        ssd.now_ns = ssd.done_ns                        # one after the other
+        assert ssd.read(unit[:1])[0] == 0
+        assert ssd.done_ns == ssd.now_ns + 1_000 + 40_000 + 5_000
+        other = ssd.lba(group=1, chunk=1, sector=range(8))
+        assert ssd.write(other, rows(8, 4096, 1)) == (0, 0)     # at the same time, on another unit: it does not wait
+        assert ssd.done_ns == ssd.now_ns + 1_000 + 8 * 5_000 + 800_000
+        at = ssd.now_ns
+        ssd.now_ns = 0                                  # time does not run backwards
+        assert ssd.reset(ssd.lba(pu=1, chunk=2)) == (0x2C1, 1)  # a free chunk: refused at once
+        ssd.read(ssd.lba(pu=1, chunk=2))
+        assert ssd.done_ns >= at
+
+
+def test_without_latency_a_command_ends_when_it_is_issued(ssd):
+    with Device(**SHAPE, clock="virtual") as virtual:
+        virtual.now_ns = 77
+        virtual.write(virtual.lba(sector=range(4)), rows(4, 4096, 1))
+        assert virtual.done_ns == 77
+
+
+@pytest.mark.parametrize(("options", "says"), [
+    ({"clock": "wall"}, "clock=wall: must be real or virtual"),
+    ({"latency": "tlc"}, "only with clock='virtual'"),
+    ({"clock": "virtual", "latency": {"speed": 1}}, "latency: speed: must be one of profile, sense_ns"),
+    ({"clock": "virtual", "latency": "fast"}, "must be one of none, slc"),
+    ({"clock": "virtual", "latency": {"erase_ns": -1}}, "must be from 0"),
+])
+def test_a_clock_or_a_latency_that_cannot_be_is_refused(options, says):
+    with pytest.raises(ValueError, match=says):
+        Device(**SHAPE, **options)

@@ -1,6 +1,4 @@
-"""Fault and chunk state files of the reference emulator, both dialects; each arms what it says, or is refused by
-line.
-"""
+"""Fault files of the reference emulator as a host of the raw namespace sees them, and its bad-block table."""
 
 from __future__ import annotations
 
@@ -8,9 +6,11 @@ import numpy as np
 import pytest
 from ocssd_daemon._fast import Media
 
+from ocssd_daemon._physics import Faults, attach_faults
+from ocssd_daemon.nand import faults
 from ocssd_daemon.nand.store import open_ram
 from ocssd_daemon.nvme.namespaces import raw_namespace
-from ocssd_daemon.nvme.state_files import StateFileError, apply_bad_blocks, apply_chunk_states, read_faults
+from ocssd_daemon.nvme.state_files import StateFileError, apply_bad_blocks
 from tests.kit.nvme_target import SMALL
 from tests.nvme.test_rules20 import CLOSED, FREE, OFFLINE, chunk_log, fill, reset, sectors
 
@@ -24,12 +24,20 @@ def write(tmp_path):
     return go
 
 
+def give_rules(target, rules):
+    made = Faults(target.media.geometry, seed=1)
+    for rule in rules:
+        made.add(rule)
+    with target.reactor.paused():
+        attach_faults(target.media, made)
+
+
 def test_a_write_fault_strikes_at_its_sector(start, write):
     """Four sectors, fault at the third: status 2F1h, bits 2 and 3, write pointer 2, and the next reset takes it
     offline.
     """
-    faults = read_faults(write("grp=0 pu=0 chk=0 sec=2 writefail_prob=100\n"), SMALL, sectors=True)
-    _, host = start(write_faults=faults)
+    target, host = start()
+    give_rules(target, faults.load_write_failures(write("grp=0 pu=0 chk=0 sec=2 writefail_prob=100\n")))
     done = host.vector_write([0, 1, 2, 3], sectors(4))
     assert (done.status, done.result) == (0x2F1, 0xC)
     found = chunk_log(host)[0]
@@ -41,42 +49,23 @@ def test_a_write_fault_strikes_at_its_sector(start, write):
     assert int(chunk_log(host)[0]["state"]) == OFFLINE
 
 
+def test_a_write_fault_in_a_chunk_that_is_open_keeps_what_was_written_before(start, write):
+    target, host = start()
+    assert host.vector_write([0, 1, 2, 3], sectors(4)).status == 0
+    give_rules(target, faults.load_write_failures(write("grp=0 pu=0 chk=0 sec=4 writefail_prob=100\n")))
+    assert host.vector_write([4, 5, 6, 7], sectors(4)).result == 0xF
+    found = chunk_log(host)[0]
+    assert (int(found["state"]), int(found["wp"])) == (CLOSED, 4)
+    assert host.vector_read([0, 1, 2, 3])[1] == sectors(4)
+
+
 def test_a_reset_fault_takes_its_chunk_offline_and_no_other(start, write):
-    faults = read_faults(write("grp=0 pu=0 chk=1 resetfail_prob=100"), SMALL, sectors=False)
-    _, host = start(reset_faults=faults)
+    target, host = start()
     for chunk in (0, 1):
         fill(host, chunk << 6)
+    give_rules(target, faults.load_reset_failures(write("grp=0 pu=0 chk=1 resetfail_prob=100")))
     assert (reset(host, 0).status, reset(host, 1 << 6).status) == (0, 0x42C1)
     assert [int(state) for state in chunk_log(host)["state"][:2]] == [FREE, OFFLINE]
-
-
-def test_wildcards_comments_and_both_dialects_are_read(write):
-    text = "# all of PU 1\ngroup=0 punit=1 chunk=* sectr=0x3 prob=50   # half\n\n"
-    found = read_faults(write(text), SMALL, sectors=True)
-    assert found["chunk"].tolist() == list(range(8, 16))
-    assert set(found["sector"]) == {3}
-    assert set(found["chance"]) == {32768}
-
-
-def test_chunk_states_are_set_and_counted(write):
-    media = Media(open_ram(SMALL))
-    lines = ["grp=0 pu=0 chk=0 wi=300 wp=8 state=OPEN type=W_SEQ",
-             "grp=1 pu=1 chk=7 wi=0 wp=0 state=OFFLINE type=W_RAN"]
-    apply_chunk_states(write("\n".join(lines)), media)
-    assert media.chunks[["state", "wp", "wear_index"]][0].tolist() == (4, 8, 44)
-    assert int(media.chunks["wp"][31]) == 0xFFFF_FFFF
-    assert media.stats()["chunks_open"] == 1
-
-
-@pytest.mark.parametrize(("text", "says"), [
-    ("grp=0 pu=0 chk=0 wp=65 state=CLOSED", "wp=65"), ("grp=0 pu=0 chk=0 wp=64 state=OPEN", "wp=64"),
-    ("grp=9 pu=0 chk=0 state=FREE", "file:1: group=9"), ("\npu=0 chk=0 state=FREE", "file:2: group= is missing"),
-    ("grp=0 pu=0 chk=0 state=BROKEN", "state=BROKEN"), ("nonsense", "must be key=value"),
-    ("grp=x pu=0 chk=0 state=FREE", "must be a number"), ("grp=0 pu=0 chk=0 state=FREE colour=red", "colour"),
-])
-def test_a_chunk_state_file_that_is_wrong_is_refused_with_its_line(write, text, says):
-    with pytest.raises(StateFileError, match=says):
-        apply_chunk_states(write(text), Media(open_ram(SMALL)))
 
 
 def test_a_bad_block_file_marks_blocks_and_may_be_missing(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 from ocssd_daemon._physics import Faults, attach_faults
 from ocssd_daemon.nand import faults
 from ocssd_daemon.nand.faults import ANY, FaultError
+from ocssd_daemon.nand.geometry import Geometry
 from tests.kit.virtual import Rig, rig
 
 
@@ -137,6 +138,22 @@ def test_slow_and_hang_take_time_on_the_pu() -> None:
     assert device.timing.busy(0) == [(0, 4_040_000)]  # 4 ms, then one sense of 40 us
 
 
+def test_a_rule_for_a_later_sector_lets_the_sectors_before_it_be_written() -> None:
+    device, _ = with_rules("on=write sector=10 do=fail once")
+    chunk = fresh_chunk(device)
+    assert [write(device, chunk, 0), write(device, chunk, 4, 8)] == [0, 0x2F1]
+    assert (device.media.chunks["state"][chunk], device.media.chunks["wp"][chunk]) == (2, 10)
+
+
+def test_there_may_be_thousands_of_rules() -> None:
+    device, rules = with_rules(*(f"on=write chunk={i} do=fail" for i in range(4096)))
+    assert [rule["id"] for rule in rules.list()] == list(range(1, 4097))
+    with pytest.raises(ValueError, match="at most 4096 fault rules"):
+        rules.add(faults.parse("on=write do=fail"))
+    chunk = fresh_chunk(device)
+    assert write(device, chunk, 0) == 0x2F1
+
+
 def test_rules_can_be_removed_by_number() -> None:
     _, rules = with_rules("on=read do=fail", "on=write do=fail")
     rules.remove(1)
@@ -162,27 +179,37 @@ def test_reset_and_write_failure_files_become_rules(tmp_path: Path) -> None:
     ]
 
 
+STATES = Geometry(groups=2, pus=2, chunks=8, sectors=64, mw_cunits=0)
+
+
 def test_a_chunk_state_file_says_states(tmp_path: Path) -> None:
     path = tmp_path / "states"
-    path.write_text("grp=0 pu=0 chk=3 wi=300 wp=64 state=CLOSED type=W_SEQ\ngroup=0 punit=* chunk=1 state=OFFLINE\n")
-    closed, offline = faults.load_chunk_states(str(path))
-    assert (closed.chunk, closed.state, closed.type, closed.wp, closed.wear_index) == ((3, 3), 2, 1, 64, 44)
-    assert (offline.pu, offline.state) == (ANY, 8)
+    path.write_text("grp=0 pu=0 chk=3 wi=300 wp=64 state=CLOSED type=W_SEQ\ngroup=0 punit=* chunk=1 state=OFFLINE\n"
+                    "grp=1 pu=0 chk=0x2 state=OPEN wp=8 # half\n")  # fmt: skip
+    closed, offline, half = faults.load_chunk_states(str(path), STATES)
+    assert (closed.indices, closed.state, closed.type, closed.wp, closed.wear_index) == ([3], 2, 1, 64, 44)
+    assert (offline.indices, offline.state, offline.wp) == ([1, 9], 8, 0xFFFF_FFFF)
+    assert (half.indices, half.state, half.wp) == ([18], 4, 8)
 
 
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [
-        ("grp=0 pu=0 chk=0 state=BROKEN", ":1: state=BROKEN: must be one of FREE, CLOSED, OPEN, OFFLINE"),
-        ("grp=zero state=FREE", ":1: group=zero: must be a whole number"),
-        ("grp 0", ":1: grp: must be KEY=VALUE"),
+        ("grp=0 pu=0 chk=0 state=BROKEN", ":2: state=BROKEN: must be one of FREE, CLOSED, OPEN, OFFLINE"),
+        ("grp=zero pu=0 chk=0 state=FREE", ":2: group=zero: must be a whole number"),
+        ("grp 0", ":2: grp: must be KEY=VALUE"),
+        ("grp=0 pu=0 chk=0 state=FREE colour=red", ":2: colour=red: must be KEY=VALUE with one of group, grp"),
+        ("pu=0 chk=0 state=FREE", ":2: group= is missing"),
+        ("grp=9 pu=0 chk=0 state=FREE", ":2: group=9: there are 2"),
+        ("grp=0 pu=0 chk=0 state=CLOSED wp=65", ":2: wp=65: a chunk that is CLOSED has at most 64"),
+        ("grp=0 pu=0 chk=0 state=OPEN wp=64", ":2: wp=64: a chunk that is OPEN has at most 63"),
     ],
 )
-def test_a_chunk_state_line_that_cannot_be_read_is_named(tmp_path: Path, line: str, complaint: str) -> None:
+def test_a_chunk_state_line_that_cannot_be_is_named(tmp_path: Path, line: str, complaint: str) -> None:
     path = tmp_path / "states"
-    path.write_text(line + "\n")
+    path.write_text(f"\n{line}\n")
     with pytest.raises(FaultError) as caught:
-        faults.load_chunk_states(str(path))
+        faults.load_chunk_states(str(path), STATES)
     assert complaint in str(caught.value)
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import collections
 import errno
+import itertools
 import random
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -28,7 +32,9 @@ class Shadow:
 
     def write(self) -> int:
         """Write a random sector. Returns the errno; an acknowledged sector must be kept from now on."""
-        lba = self.random.randrange(self.sectors)
+        return self.write_at(self.random.randrange(self.sectors))
+
+    def write_at(self, lba: int) -> int:
         self.last += 1
         failed = self.disk.write(lba * SECTOR, self.last.to_bytes(8, "little") * (SECTOR // 8))
         if not failed:
@@ -138,4 +144,163 @@ def test_the_end_of_spare_space_is_said_once(caplog: pytest.LogCaptureFixture) -
         flash.dispatch()
         flash.dispatch()
     assert [record.getMessage().partition(" ")[0] for record in caplog.records] == ["ftl.read_only"]
+    flash.close()
+
+
+# Reads that fail, and restarts in the middle of it.
+
+
+def image(path: Path, *assignments: str) -> Device:
+    return Device(build(from_assignments((*SMALL, f"store={path}", *assignments))), frozenset({"geometry.chunks"}))
+
+
+def after_a_kill(device: Device, path: Path, *assignments: str) -> Device:
+    """What a daemon finds that starts on the image as it is at this instant."""
+    copy = path.with_name(f"{path.name}+")
+    shutil.copyfile(path, copy)
+    device.close()
+    found = image(copy, *assignments)
+    assert found.target.how_started == "recovered"
+    return found
+
+
+@pytest.mark.parametrize("fault", ["write", "reset"])
+@pytest.mark.parametrize("writes", [37, 700])
+def test_any_single_chunk_may_fail_during_recovery_and_after_it(tmp_path: Path, fault: str, writes: int) -> None:
+    for chunk in range(64):
+        flash = image(tmp_path / f"{fault}{chunk}")
+        shadow = Shadow(flash, seed=chunk)
+        assert [shadow.write() for _ in range(writes)].count(0) == writes
+        flash.media.arm_fault(chunk, fault)  # the next operation on it fails, which may be recovery's own
+        flash = after_a_kill(flash, tmp_path / f"{fault}{chunk}")
+        shadow.disk = flash.disk
+        shadow.check()
+        assert [shadow.write() for _ in range(2 * shadow.sectors)].count(0) == 2 * shadow.sectors
+        shadow.check()
+        flash.close()
+
+
+@pytest.mark.parametrize("action", ["fail", "offline"])
+def test_what_a_failed_chunk_holds_is_found_after_a_kill(tmp_path: Path, action: str) -> None:
+    """The chunk is OFFLINE or closed early, and nothing was moved out of it yet."""
+    for chunk in range(0, 64, 3):
+        path = tmp_path / f"{action}{chunk}"
+        flash = image(path)
+        shadow = Shadow(flash, seed=chunk)
+        rule = flash.physics.add_rule(faults.parse(f"on=write pu={chunk // 32} chunk={chunk % 32} do={action} after=2"))
+        while not flash.physics.faults.list()[0]["hits"] and shadow.last < 6 * shadow.sectors:
+            assert shadow.write() == 0
+        flash.physics.remove_rule(rule)
+        flash = after_a_kill(flash, path)
+        shadow.disk = flash.disk
+        shadow.check()
+        flash.close()
+
+
+def outcome(shadow: Shadow, lba: int) -> str:
+    try:
+        return "right" if shadow.holds(lba, shadow.content[lba]) else "wrong"
+    except OSError as error:
+        return errno.errorcode[error.errno or 0]
+
+
+def test_a_chunk_that_cannot_be_read_costs_its_own_sectors_and_never_gives_wrong_data() -> None:
+    for chunk in range(0, 32, 3):
+        flash = device()
+        flash.physics.add_rule(faults.parse(f"on=read pu=1 chunk={chunk} do=fail"))
+        shadow = Shadow(flash, seed=chunk)
+        for _ in range(5 * shadow.sectors):
+            assert shadow.write() == 0
+        seen = collections.Counter(outcome(shadow, lba) for lba in shadow.content)
+        assert seen.keys() <= {"right", "EIO"}
+        assert seen["EIO"] < len(shadow.content) // 8
+        for lba in shadow.content:
+            shadow.write_at(lba)
+        flash.physics.remove_rule(1)
+        shadow.check()  # writing makes them readable again
+        flash.close()
+
+
+def test_a_read_that_fails_now_and_then_loses_nothing_when_gc_moves_the_sector() -> None:
+    flash = device()
+    flash.physics.add_rule(faults.parse("on=read do=fail every=7"))
+    shadow = Shadow(flash, 8)
+    for _ in range(6 * shadow.sectors):
+        assert shadow.write() == 0
+    assert flash.ftl.stats()["lost_sectors"] == 0
+    flash.physics.remove_rule(1)
+    shadow.check()
+    flash.close()
+
+
+def test_a_sector_that_gc_could_not_read_stays_unreadable_after_the_move_and_after_restarts(tmp_path: Path) -> None:
+    """The move gives it new out-of-band bytes: without a mark there, lost data would turn into wrong data."""
+    path = tmp_path / "image"
+    flash = image(path, "ftl.retire=false")
+    shadow = Shadow(flash, 9)
+    for _ in range(2 * shadow.sectors):
+        assert shadow.write() == 0
+    flash.disk.flush()
+    rule = flash.physics.add_rule(faults.parse("on=read chunk=0-31 do=fail"))
+    lost = [lba for lba in shadow.content if outcome(shadow, lba) == "EIO"][:40]
+    assert len(lost) == 40
+    at_first = {lba: flash.ftl.arrays["l2p"][lba] for lba in lost}
+    others = sorted(set(shadow.content) - set(lost))
+    for lba in itertools.islice(itertools.cycle(others), 8 * len(others)):
+        assert shadow.write_at(lba) == 0
+    moved = [lba for lba in lost if flash.ftl.arrays["l2p"][lba] != at_first[lba]]
+    assert len(moved) > 10
+    flash.physics.remove_rule(rule)
+
+    def outcomes() -> set[str]:
+        return {outcome(shadow, lba) for lba in moved}
+
+    assert outcomes() == {"EIO"}
+    assert shadow.disk.write(moved[0] * SECTOR + 512, bytes(512)) in (errno.EIO, errno.EINVAL)
+    flash = after_a_kill(flash, path)
+    shadow.disk = flash.disk
+    assert outcomes() == {"EIO"}
+    flash.close()
+    flash = image(path.with_name("image+"))
+    assert flash.target.how_started == "checkpoint"
+    shadow.disk = flash.disk
+    assert outcomes() == {"EIO"}
+    for lba in moved:
+        assert shadow.write_at(lba) == 0
+    assert outcomes() == {"right"}
+    flash.close()
+
+
+def test_a_chunk_that_lost_data_is_retired_while_there_is_spare_space() -> None:
+    def after(*assignments: str) -> Device:
+        flash = device(*assignments)
+        shadow = Shadow(flash, 10)
+        for _ in range(2 * shadow.sectors):
+            shadow.write()
+        flash.disk.flush()
+        flash.physics.add_rule(faults.parse("on=read pu=0 chunk=0-3 do=fail"))
+        for lba in shadow.content:
+            outcome(shadow, lba)
+        for _ in range(6 * shadow.sectors):
+            assert shadow.write() == 0
+        flash.close()
+        return flash
+
+    retired = after()
+    stats = retired.ftl.stats()
+    assert 0 < stats["chunks_retired"] <= 4
+    assert not retired.ftl.read_only
+    assert after("ftl.retire=false").ftl.stats()["chunks_retired"] == 0
+
+
+def test_refreshed_lines_are_noted() -> None:
+    flash = device("wear.ecc_bits=100", "wear.disturb=0.00001", "wear.retries=0", "wear.notice_share=0.5")
+    shadow = Shadow(flash, 4)
+    for _ in range(shadow.sectors):
+        shadow.write()
+    flash.disk.flush()
+    for _ in range(60):
+        shadow.check()
+    states = {state for _, _, _, state in flash.physics.wear.notices()}
+    assert {1 << 1, 1 << 4} <= states
     flash.close()

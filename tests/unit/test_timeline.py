@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
+from typing import NamedTuple
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ocssd_daemon._physics import Timeline, Timing
+from ocssd_daemon._sim import Host, Workload
 from ocssd_daemon.nand.geometry import Geometry
-from ocssd_daemon.nand.latency import resolve
+from ocssd_daemon.nand.latency import PROFILES, resolve
+from tests.kit.virtual import rig
 
 Span = tuple[int, int]
 
@@ -152,6 +155,141 @@ def test_a_channel_carries_no_more_than_one_sector_at_a_time(asked: list[tuple[i
         carried[pu // 2].append((end - 7, end))
     for spans in carried.values():
         assert overlapping(spans) == []
+
+
+class Told(NamedTuple):
+    """An operation of a PU as it was told when it was issued."""
+
+    what: str
+    length_ns: int
+    end_ns: int
+    shifted_ns: int
+
+
+def issue(t: Timing, asked: list[tuple[int, str, int, int]]) -> dict[int, list[Told]]:
+    """Issue *asked*. Per PU, what was told of each operation, in the order of issue."""
+    told: dict[int, list[Told]] = {}
+    now = 0
+    for later, what, pu, row in asked:
+        now += later
+        t.begin(now)
+        if what == "program":
+            entry = Told(what, 300, t.program(pu, row * 8, 8), t.shifted_ns(pu))
+        elif what == "erase":
+            entry = Told(what, 900, t.erase(pu), t.shifted_ns(pu))
+        else:
+            entry = Told("sense", 40, t.sense(pu, 0, row * 8) - 7, t.shifted_ns(pu))
+        told.setdefault(pu, []).append(entry)
+    return told
+
+
+@given(commands)
+@settings(max_examples=300)
+def test_with_suspension_programs_and_erases_end_in_order_with_all_their_time_and_what_interrupted_them(
+    asked: list[tuple[int, str, int, int]],
+) -> None:
+    t = timing(suspend=True, suspend_ns=5)
+    for pu, told in issue(t, asked).items():
+        senses = sum(entry.what == "sense" for entry in told)
+        last = 0
+        for entry in told:
+            if entry.what == "sense":
+                continue
+            end = t.revised(pu, entry.end_ns, entry.shifted_ns)
+            assert end - last >= entry.length_ns  # one at a time, in order
+            assert end >= entry.end_ns  # an end moves back only
+            assert end - entry.end_ns <= senses * 45  # by no more than what was sensed
+            last = end
+
+
+@given(commands)
+@settings(max_examples=300)
+def test_with_suspension_a_pu_is_busy_for_all_that_it_does(asked: list[tuple[int, str, int, int]]) -> None:
+    """Nothing of a PU overlaps: what it does in all, if nothing of it were forgotten, is as long as its busy time."""
+    t = timing(suspend=True, suspend_ns=5)
+    told = issue(t, [(0, what, pu, row) for _, what, pu, row in asked])  # all at once: nothing is forgotten
+    cost = {"sense": 40 + 5, "program": 300, "erase": 900}
+    for pu, entries in told.items():
+        assert sum(b - a for a, b in t.busy(pu)) == sum(cost[entry.what] for entry in entries)
+
+
+def test_an_end_that_was_told_moves_when_a_later_read_interrupts_it() -> None:
+    t = timing(suspend=True, suspend_ns=5)
+    t.begin(0)
+    first, second = t.erase(0), t.erase(0)
+    assert (first, second) == (900, 1800)
+    t.begin(100)
+    t.sense(0, 0, 0)
+    assert [t.revised(0, end, 0) for end in (first, second)] == [945, 1845]
+    t.begin(1000)
+    t.sense(0, 0, 0)  # the first has ended by then
+    assert [t.revised(0, end, 0) for end in (first, second)] == [945, 1890]
+
+
+def test_so_do_many_of_them() -> None:
+    t = timing(suspend=True, suspend_ns=5)
+    t.begin(0)
+    end = t.erase(0)
+    for i in range(100):  # more than are remembered one by one
+        t.begin(45 * i)
+        t.sense(0, 0, 8 * (i % 8))
+    assert t.revised(0, end, 0) == 900 + 100 * 45
+
+
+def test_the_write_buffer_gives_its_place_back_when_the_suspended_program_has_ended() -> None:
+    """Two writes of a unit fill the buffer; a third waits for the first program, which a read has suspended."""
+    numbers = {"sense_ns": (40_000,), "program_ns": (800_000,), "erase_ns": 900_000, "transfer_ns_per_sector": 0,
+               "buffer_sectors": 8, "suspend": True, "suspend_ns": 5_000}  # fmt: skip
+
+    def third_write_ends(reads: int) -> int:
+        device = rig(numbers=numbers)
+        host = Host(device.disk, 64)
+        host.record()
+        writes = Workload("uniform", 1000, seed=1)
+        host.run(writes, 8)
+        for _ in range(reads):
+            host.run(Workload("sequential", 1, reads=1.0), 1)
+        host.run(writes, 1)
+        return int(host.latency("write")["max"])
+
+    assert third_write_ends(0) == 800_000
+    assert third_write_ends(1) == 845_000
+
+
+def test_shadow_pairing_writes_a_lower_page_ahead_of_the_upper_pages_of_the_lines_before() -> None:
+    def kinds(rows: int, names: int, pairing: str) -> list[int]:
+        geometry = Geometry(groups=1, pus=1, chunks=4, sectors=8 * rows, ws_min=4, ws_opt=8, mw_cunits=0)
+        numbers = {"sense_ns": tuple(range(1, names + 1)), "pairing": pairing}
+        latency = resolve("none", numbers, geometry)
+        assert latency is not None
+        return latency.kinds_of_rows(geometry.sectors)
+
+    assert kinds(12, 3, "shadow") == [0, 0, 1, 0, 1, 2, 0, 1, 2, 1, 2, 2]
+    assert kinds(8, 2, "shadow") == [0, 0, 1, 0, 1, 0, 1, 1]
+    assert kinds(6, 3, "modulo") == [0, 1, 2, 0, 1, 2]
+    assert kinds(7, 3, "shadow") == [0, 0, 1, 0, 1, 2, 1]
+    for names in (1, 2, 3, 4):  # each word line has one page of each kind
+        assert sorted(kinds(12, names, "shadow")) == sorted(kinds(12, names, "modulo"))
+
+
+def test_the_profiles_of_flash_with_several_bits_a_cell_pair_their_pages() -> None:
+    assert {name: profile.pairing for name, profile in PROFILES.items()} == {
+        "none": "modulo", "slc": "modulo", "mlc": "shadow", "tlc": "shadow", "qlc": "shadow"
+    }  # fmt: skip
+
+
+def test_the_kind_of_the_row_decides_under_pairing_too() -> None:
+    t = timing(sense_ns=(10, 20, 30), program_ns=(100, 200, 300), transfer_ns_per_sector=0, pairing="shadow")
+    t.begin(0)
+    assert [t.sense(0, 0, row * 8) for row in range(4)] == [10, 20, 40, 50]
+
+
+def test_planes_work_together_within_one_command_and_one_after_the_other_without() -> None:
+    together, alone = timing(planes=2), timing(planes=1)
+    for t in (together, alone):
+        t.begin(0)
+    assert together.program(0, 0, 8) == 8 * 7 + 300  # one row of both planes
+    assert alone.program(0, 0, 8) == 4 * 7 + 2 * 300  # two rows; the second transfer overlaps the first program
 
 
 def test_sectors_of_one_row_cost_one_sense_in_one_command_and_two_in_two() -> None:

@@ -44,8 +44,10 @@ def test_ecc_corrects_to_its_strength_then_retries_then_gives_up() -> None:
     assert model.read(10) == (0, 0)
     assert model.read(90)[0] == 1  # corrected, with high effort
     outcome, levels = model.read(300)
-    assert (outcome, levels) == (1, 2)  # 300, 150, 75
-    assert model.read(2000) == (2, 3)
+    assert (outcome, levels) == (2, 2)  # 300, 150, 75
+    assert model.read(2000) == (3, 3)
+    assert model.stats()["high_ecc_reads"] == 2
+    assert model.stats()["very_high_ecc_reads"] == 1
     assert model.stats()["uncorrectable_reads"] == 1
 
 
