@@ -347,7 +347,7 @@ def build(*layers: Layer) -> Settings:
     given: dict[str, Given] = {}
     for layer in layers:
         given.update(layer)
-    values = {key: _check(key, one) for key, one in given.items()}
+    values = {key: check(key, one) for key, one in given.items()}
     if values.get("size") is not None:
         values.update(_geometry_for_size(values, given))
     settings = msgspec.convert(_nested(values), Settings)
@@ -406,7 +406,8 @@ def names_geometry(keys: Iterable[str]) -> bool:
     return any(key == "size" or key.startswith("geometry.") for key in keys)
 
 
-def _check(key: str, given: Given) -> Any:
+def check(key: str, given: Given) -> Any:
+    """The value of one setting, by its own rule. Raises SettingsError."""
     leaf = KEYS.get(key)
     if leaf is None:
         raise SettingsError(key, f"no such setting{_near_miss(key)}", given.value, given.source)
