@@ -172,6 +172,10 @@ class NvmeSettings(Section, frozen=True):
     firmware: Annotated[str, Meta(max_length=8, description="firmware revision")] = "1.0"
     vid: Annotated[int, _int(0, 0xFFFF, "PCI vendor; Linux binds lightnvm to 0x1d1d")] = 0x1D1D
     did: Annotated[int, _int(0, 0xFFFF, "PCI device; Linux binds lightnvm to 0x1f1f")] = 0x1F1F
+    write_cache: Annotated[bool, _text("the disk has a volatile write cache; no: every write is as after a flush")] = True
+    mpsmax: Annotated[int, _int(0, 4, "largest memory page of the host: 4 KiB << this")] = 0
+    coalesce_commands: Annotated[int, _int(0, 255, "completions, less 1, that share an interrupt at first")] = 0
+    coalesce_us: Annotated[int, _int(0, 25_500, "longest time that one waits for others; steps of 100; 0: never")] = 0
     mdts: Annotated[int, _int(0, 16, "largest transfer: 2^mdts pages of 4 KiB; 0: no limit")] = 7
     queues: Annotated[int, _int(1, 2047, "I/O queue pairs")] = 64
     entries: Annotated[int, _int(2, 65536, "most entries of one queue")] = 1024
@@ -354,7 +358,7 @@ def build(*layers: Layer) -> Settings:
     given: dict[str, Given] = {}
     for layer in layers:
         given.update(layer)
-    values = {key: _check(key, one) for key, one in given.items()}
+    values = {key: check(key, one) for key, one in given.items()}
     if values.get("size") is not None:
         values.update(_geometry_for_size(values, given))
     settings = msgspec.convert(_nested(values), Settings)
@@ -413,7 +417,8 @@ def names_geometry(keys: Iterable[str]) -> bool:
     return any(key == "size" or key.startswith("geometry.") for key in keys)
 
 
-def _check(key: str, given: Given) -> Any:
+def check(key: str, given: Given) -> Any:
+    """The value of one setting, by its own rule. Raises SettingsError."""
     leaf = KEYS.get(key)
     if leaf is None:
         raise SettingsError(key, f"no such setting{_near_miss(key)}", given.value, given.source)

@@ -22,6 +22,7 @@ import msgspec
 from ocssd_daemon import __version__
 from ocssd_daemon.cli.check_geometry import check_geometry
 from ocssd_daemon.cli.fault import fault
+from ocssd_daemon.cli.images import create, import_image
 from ocssd_daemon.cli.simulate import simulate
 from ocssd_daemon.cli.sweep import sweep
 from ocssd_daemon.control import schema
@@ -146,7 +147,7 @@ for _method in ("info", "stats"):
     _plain_command(_method)
 
 
-for _command in (check_geometry, fault, simulate, sweep):
+for _command in (check_geometry, create, fault, import_image, simulate, sweep):
     main.add_command(_command)
 
 

@@ -7,6 +7,7 @@ over both. Exit codes: 0 a clean end, 1 failed while starting or running, 2 usag
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -60,24 +61,35 @@ def _short_forms(flags: dict[str, Any]) -> dict[str, sets.Given]:
 
 
 def _layers(flags: dict[str, Any]) -> list[dict[str, sets.Given]]:
-    return [
-        sets.from_preset(flags["preset"]),
-        _reference_layer(flags["qemu_nvme"]),
+    ours = [
         sets.from_toml(flags["config"]) if flags["config"] else {},
         _short_forms(flags),
         sets.from_assignments(flags["assignments"]),
     ]
+    return [sets.from_preset(flags["preset"]), _reference_layer(flags["qemu_nvme"], ours), *ours]
 
 
-def _reference_layer(line: str | None) -> dict[str, sets.Given]:
-    """Settings of the reference emulator's options; what means nothing here is said once."""
+def _reference_layer(line: str | None, ours: list[dict[str, sets.Given]]) -> dict[str, sets.Given]:
+    """Settings of the reference emulator's options; what means nothing here is said once.
+
+    It took the shape of the flash from its backing file, so that is looked at: *ours* may name it.
+    """
     if line is None:
         return {}
-    from ocssd_daemon.cli.qemu_nvme import translate
+    from ocssd_daemon.cli.qemu_nvme import Backing, translate
+    from ocssd_daemon.nand.store import StoreError, peek
 
-    done = translate(line)
+    named = {key: given for layer in ours for key, given in layer.items()}
+    backing = Backing()
+    if "store" in named:
+        with contextlib.suppress(StoreError):  # opening it says why
+            geometry, size_bytes = peek(str(named["store"].value))
+            backing = Backing(size_bytes, geometry)
+    done = translate(line, backing)
     for note in done.notes:
         log.warning(kv("qemu_nvme.no_meaning", option=note))
+    if {"size", "geometry.chunks"} & named.keys():
+        done.values.pop("size", None)
     return done.layer()
 
 

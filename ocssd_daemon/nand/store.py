@@ -33,6 +33,7 @@ from ocssd_daemon.nand.layout import (
 )
 
 MAGIC = b"OCSSDIMG"
+REFERENCE_MAGIC = b"MVNL\1\0\0\0"  # qemu-img create -f ocssd: protocol/nvme/reference_image.py
 VERSION = 1
 _HEADER = struct.Struct("<8sIIQI")  # magic, version, payload bytes, generation, crc32 of the payload
 CHUNK_FREE = 1
@@ -203,23 +204,63 @@ def _lock(fd: int, path: str) -> None:
         raise StoreError(f"{path}: in use by another process; stop it, or choose another file") from None
 
 
-def _read_superblock(fd: int, path: str) -> tuple[int, Superblock] | None:
-    """The newest good slot; None for an image that is empty or all zeros there. Foreign content is refused."""
-    head = os.pread(fd, SUPERBLOCK_BYTES * SUPERBLOCK_SLOTS, 0)
+def _newest_slot(head: bytes, path: str) -> tuple[int, Superblock] | None:
     head = head.ljust(SUPERBLOCK_BYTES * SUPERBLOCK_SLOTS, b"\0")
     try:
         slots = [_decode_slot(head[i * SUPERBLOCK_BYTES :]) for i in range(SUPERBLOCK_SLOTS)]
     except StoreError as error:
         raise StoreError(f"{path}: {error}") from None
     good = [slot for slot in slots if slot is not None]
-    if good:
-        return max(good, key=lambda slot: slot[0])
+    return max(good, key=lambda slot: slot[0]) if good else None
+
+
+def _read_superblock(fd: int, path: str) -> tuple[int, Superblock] | None:
+    """The newest good slot; None for an image that is empty or all zeros there. Foreign content is refused."""
+    head = os.pread(fd, SUPERBLOCK_BYTES * SUPERBLOCK_SLOTS, 0)
+    newest = _newest_slot(head, path)
+    if newest is not None:
+        return newest
+    if head.startswith(REFERENCE_MAGIC):
+        raise StoreError(
+            f"{path}: is an image of the reference emulator; it is left alone (make one of ours: ocssd import {path} NEW)"
+        )
     if any(head) or _has_content(fd):
         raise StoreError(
             f"{path}: holds something that is not an image of this program; it is left alone "
             "(use an empty or zero-filled file)"
         )
     return None
+
+
+def check_unused(path: str) -> None:
+    """Nothing, or an empty or zero-filled file, is at *path*. Raises StoreError."""
+    if not os.path.exists(path):
+        return
+    fd = _open_fd(path)
+    try:
+        _lock(fd, path)
+        if _read_superblock(fd, path) is not None:
+            raise StoreError(f"{path}: is an image already; remove it, or choose another file")
+    finally:
+        os.close(fd)
+
+
+def peek(path: str) -> tuple[Geometry | None, int]:
+    """``(geometry, file size in bytes)`` of what is at *path*, without locking it; None: no image of ours (yet)."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None, 0
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be opened: {error.strerror}") from None
+    try:
+        size = os.fstat(fd).st_size
+        found = _newest_slot(os.pread(fd, SUPERBLOCK_BYTES * SUPERBLOCK_SLOTS, 0), path)
+        return (found[1].geometry if found else None), size
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be read: {error.strerror}") from None
+    finally:
+        os.close(fd)
 
 
 def _has_content(fd: int) -> bool:
@@ -251,10 +292,13 @@ def _open_fd(path: str) -> int:
     return fd
 
 
-def _reserve(fd: int, size_bytes: int) -> None:
-    """Have the file system allocate the front of the image: a full disk is an error here, a SIGBUS later."""
+def reserve(fd: int, offset: int, size_bytes: int) -> None:
+    """Have the file system allocate a part of the image: a full disk is an error here, a SIGBUS later.
+
+    File systems that cannot do it ahead of time are trusted to have room. Raises OSError.
+    """
     try:
-        os.posix_fallocate(fd, 0, size_bytes)
+        os.posix_fallocate(fd, offset, size_bytes)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -264,7 +308,7 @@ def _map(fd: int, size_bytes: int, reserved_bytes: int, path: str) -> mmap.mmap:
     try:
         if os.fstat(fd).st_size < size_bytes:
             os.ftruncate(fd, size_bytes)
-        _reserve(fd, reserved_bytes)
+        reserve(fd, 0, reserved_bytes)
         return mmap.mmap(fd, size_bytes, mmap.MAP_SHARED)
     except OSError as error:
         raise StoreError(f"{path}: cannot be mapped ({size_bytes} bytes): {error.strerror}") from None

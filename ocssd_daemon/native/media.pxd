@@ -278,9 +278,12 @@ cdef inline int store_reserve(media_t *m, uint32_t chunk) noexcept nogil:
 
 
 cdef inline uint8_t wear_index_after(const chunk_t *c) noexcept nogil:
-    """With one P/E cycle more: 255 x used / limit, monotone. Spec: 2.0 chunk descriptor, WLI."""
+    """With one P/E cycle more: 255 x used / limit, monotone. Spec: 2.0 chunk descriptor, WLI.
+
+    Without a limit there is nothing to relate to: what a chunk state file or an imported image says stays.
+    """
     if c.pe_limit == 0:
-        return 0
+        return c.wear_index
     return <uint8_t>min(<uint64_t>255, 255 * (<uint64_t>c.pe_cycles + 1) // c.pe_limit)
 
 

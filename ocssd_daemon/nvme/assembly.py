@@ -27,7 +27,8 @@ def config_of(nvme: Any) -> ControllerConfig:
         mdts=nvme.mdts,
         queue_pairs=nvme.queues, entries=nvme.entries, aerl=nvme.aerl, acl=nvme.acl,
         error_entries=nvme.error_entries,
-        stride=nvme.stride,
+        stride=nvme.stride, write_cache=nvme.write_cache, page_shift_max=nvme.mpsmax,
+        coalesce_commands=nvme.coalesce_commands, coalesce_100us=nvme.coalesce_us // 100,
     )
 
 

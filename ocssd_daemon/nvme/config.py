@@ -29,7 +29,9 @@ class ControllerConfig:
     aerl: int = 3               # 0's based
     acl: int = 3                # 0's based
     error_entries: int = 64
-    write_cache: bool = True
+    write_cache: bool = True    # there is a volatile one, and it is on at first
+    coalesce_commands: int = 0  # 0's based, feature 08h at first
+    coalesce_100us: int = 0
     shadow_doorbells: bool = True
 
     @property
