@@ -58,6 +58,7 @@ class Superblock(msgspec.Struct):
     seq: int = 0
     l2p_crc: int = 0
     counters: dict[str, int] = {}
+    write_cache: bool = True  # the mode that the block driver last chose; false: write through
 
     @property
     def is_fresh(self) -> bool:
