@@ -90,9 +90,11 @@ class Daemon:
 
     async def _obey_signals(self) -> None:
         with trio.open_signal_receiver(*STOP_SIGNALS) as arrived:
+            asked = False  # by a signal: one that meets a daemon which ends of its own accord changes nothing
             async for number in arrived:
-                if self._stopping.is_set():
+                if asked:
                     self._power_cut(number)
+                asked = True
                 self.stop(signal.Signals(number).name)
 
     def _power_cut(self, number: int) -> None:
@@ -190,8 +192,17 @@ class Daemon:
                 self.doors.append((door, open_listener(self._place(address, door.name))))
         if self.options.fd is not None:
             self.doors.append((DOORS["vhost-user"], from_fd(self.options.fd)))
+        open_doors = len(self.doors)
+
+        async def serve(door: Door, listener: Listener, *, task_status: trio.TaskStatus[None]) -> None:
+            nonlocal open_doors
+            await door.serve()(listener, self.device, task_status=task_status)
+            open_doors -= 1
+            if not open_doors:
+                self.stop("the only connection has ended")
+
         for door, listener in self.doors:
-            await self._tasks.start("doors", door.serve(), listener, self.device)
+            await self._tasks.start("doors", serve, door, listener)
 
     async def close_doors(self) -> None:
         await self._tasks.end("doors")

@@ -61,6 +61,7 @@ class Superblock(msgspec.Struct):
     counters: dict[str, int] = {}
     age_ns: int = 0  # of the flash, when the wall clock (since 1970) said wall_ns; 0: not known
     wall_ns: int = 0
+    write_cache: bool = True  # the mode that the block driver last chose; false: write through
 
     @property
     def is_fresh(self) -> bool:

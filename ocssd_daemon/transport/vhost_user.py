@@ -29,7 +29,8 @@ from ocssd_daemon._vhost import FAULT_MEMORY_LOST, VhostDevice
 from ocssd_daemon.log import kv, per
 from ocssd_daemon.protocol.vhost_user.backend import Backend
 from ocssd_daemon.transport.fdsocket import FdSocket
-from ocssd_daemon.transport.vhost_user_live import DEFAULT_LIMITS, Limits, LiveSession
+from ocssd_daemon.transport.listen import OneConnection
+from ocssd_daemon.transport.vhost_user_live import DEFAULT_LIMITS, Limits, LiveSession, WriteCacheMode
 
 if TYPE_CHECKING:
     from ocssd_daemon.device import Device
@@ -51,12 +52,18 @@ OpenBackend = Callable[[Report], AbstractContextManager[Backend]]
 async def serve_vhost_user(
     listener: Listener, device: Device, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
 ) -> None:
-    """Serve *device* at *listener*, which stays the caller's, until cancelled."""
-    server = VhostUserServer(rings_of(device), device.settings.vhost.num_queues)
+    """Serve *device* at *listener*, which stays the caller's, until cancelled.
+
+    Returns when nobody can come any more: the listener was one connection, and that has ended.
+    """
+    server = VhostUserServer(rings_of(device), device.settings.vhost.num_queues, mode=KeptMode(device))
     device.add_transport("vhost-user", server.stats)
     async with trio.open_nursery() as nursery:
         for sock in listener.sockets:
-            await nursery.start(server.serve, sock)
+            if isinstance(sock, OneConnection):
+                nursery.start_soon(server.serve_connected, (await sock.accept()).socket)
+            else:
+                await nursery.start(server.serve, sock)
         task_status.started()
 
 
@@ -80,10 +87,32 @@ def rings_of(device: Device) -> OpenBackend:
     return open_backend
 
 
+class KeptMode:
+    """The mode in the device's image, from where a daemon goes on after a kill."""
+
+    def __init__(self, device: Device) -> None:
+        self._store = device.store
+
+    @property
+    def wce(self) -> int:
+        return int(self._store.superblock.write_cache)
+
+    @wce.setter
+    def wce(self, wce: int) -> None:
+        if wce != self.wce:
+            self._store.save_superblock(write_cache=bool(wce))
+
+
+@dataclass(slots=True)
+class ModeInMemory:
+    wce: int = 1
+
+
 @dataclass(slots=True)
 class Carried:
     """What outlives a session: a front end that reconnects does not send it again."""
 
+    mode: WriteCacheMode
     known_config: bytes | None = None
     totals: Counter[str] = field(default_factory=Counter)
 
@@ -91,11 +120,18 @@ class Carried:
 class VhostUserServer:
     """Serves one device to one front end at a time."""
 
-    def __init__(self, open_backend: OpenBackend, num_queues: int, *, limits: Limits = DEFAULT_LIMITS) -> None:
+    def __init__(
+        self,
+        open_backend: OpenBackend,
+        num_queues: int,
+        *,
+        mode: WriteCacheMode | None = None,
+        limits: Limits = DEFAULT_LIMITS,
+    ) -> None:
         self.open_backend = open_backend
         self.num_queues = num_queues
         self.limits = limits
-        self.carried = Carried()
+        self.carried = Carried(mode or ModeInMemory())
         self.live: LiveSession | None = None
         self._device = trio.Lock()
         self._waiting: list[trio.CancelScope] = []
@@ -172,7 +208,13 @@ class VhostUserServer:
 
     async def _converse(self, conn: FdSocket, backend: Backend) -> str:
         self.live = LiveSession(
-            conn, backend, self.num_queues, self.carried.known_config, warn=self.warn, limits=self.limits
+            conn,
+            backend,
+            self.num_queues,
+            self.carried.known_config,
+            self.carried.mode,
+            warn=self.warn,
+            limits=self.limits,
         )
         try:
             return await self.live.run()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import trio
 
@@ -38,6 +39,12 @@ class Limits:
 DEFAULT_LIMITS = Limits()
 
 
+class WriteCacheMode(Protocol):
+    """Where the mode that the driver chose is kept: 1 write back, 0 write through."""
+
+    wce: int
+
+
 class LiveSession:
     """One front end that has the device: moves messages between its socket and the session."""
 
@@ -47,6 +54,7 @@ class LiveSession:
         backend: Backend,
         num_queues: int,
         known_config: bytes | None,
+        mode: WriteCacheMode,
         *,
         warn: Callable[..., None],
         limits: Limits,
@@ -54,7 +62,8 @@ class LiveSession:
         self.conn = conn
         self.backend = backend
         self.limits = limits
-        self.session = Session(backend, num_queues, self, known_config=known_config)
+        self.session = Session(backend, num_queues, self, known_config=known_config, known_wce=mode.wce)
+        self._mode = mode
         self._state_fd = StateFd()
         self._warn = warn
         self._channel: BackendChannel | None = None
@@ -119,6 +128,9 @@ class LiveSession:
             self._channel.drop()
         self._channel = channel
         self._nursery.start_soon(self._run_channel, channel)
+
+    def keep_wce(self, wce: int) -> None:
+        self._mode.wce = wce
 
     def save_state(self, fd: int, data: bytes) -> None:
         write_state(fd, data)

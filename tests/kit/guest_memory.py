@@ -2,6 +2,10 @@
 
 Addresses are guest-physical unless they say ``user``; sizes in bytes. ``alloc`` never gives memory back: a test's guest
 lives for one test. Knows no ring.
+
+``write`` and ``read`` copy bytes, and a C library copies small pieces with stores that overlap: the device may see half
+of a value, or an answer of its own overwritten. Fields that both sides use at the same time go through ``store_u16``
+and ``load_u16``, which are one access each.
 """
 
 from __future__ import annotations
@@ -103,6 +107,17 @@ class GuestMemory:
 
     def pack(self, form: str, gpa: int, *values: int) -> None:
         self.write(gpa, struct.pack(form, *values))
+
+    def _u16(self, gpa: int) -> memoryview:
+        region, at = self._find(gpa)
+        return memoryview(region.view)[at : at + 2].cast("H")
+
+    def store_u16(self, gpa: int, value: int) -> None:
+        """Write a value with one store (little-endian, as the machine that the tests run on)."""
+        self._u16(gpa)[0] = value
+
+    def load_u16(self, gpa: int) -> int:
+        return self._u16(gpa)[0]
 
     def user(self, gpa: int) -> int:
         """The front end's own address of the same byte."""

@@ -111,12 +111,12 @@ class Split(Queue):
 
     def offer(self, head: int) -> None:
         """Put *head* into the available ring and publish it."""
-        self.memory.pack("<H", self.avail + 4 + 2 * (self.avail_idx % self.num), head)
+        self.memory.store_u16(self.avail + 4 + 2 * (self.avail_idx % self.num), head)
         self.set_avail_idx(self.avail_idx + 1)
 
     def set_avail_idx(self, value: int) -> None:
         self.avail_idx = value & 0xFFFF
-        self.memory.pack("<H", self.avail + 2, self.avail_idx)
+        self.memory.store_u16(self.avail + 2, self.avail_idx)
 
     def lay(self, chain: list[Seg]) -> int:
         """Write *chain* into free descriptors without offering it; its head."""
@@ -136,25 +136,25 @@ class Split(Queue):
 
     @property
     def used_idx(self) -> int:
-        return self.memory.unpack("<H", self.used + 2)[0]
+        return self.memory.load_u16(self.used + 2)
 
     @property
     def device_suppresses(self) -> bool:
-        return bool(self.memory.unpack("<H", self.used)[0] & 1)
+        return bool(self.memory.load_u16(self.used) & 1)
 
     @property
     def avail_event(self) -> int:
-        return self.memory.unpack("<H", self.used + 4 + 8 * self.num)[0]
+        return self.memory.load_u16(self.used + 4 + 8 * self.num)
 
     def set_used_event(self, value: int) -> None:
-        self.memory.pack("<H", self.avail + 4 + 2 * self.num, value & 0xFFFF)
+        self.memory.store_u16(self.avail + 4 + 2 * self.num, value & 0xFFFF)
 
     def want_calls(self, want: bool) -> None:
         """Ask for a signal at the next completion, or for none."""
         if self.event_idx:
             self.set_used_event(self.last_used if want else self.last_used - 1)
         else:
-            self.memory.pack("<H", self.avail, 0 if want else NO_INTERRUPT)
+            self.memory.store_u16(self.avail, 0 if want else NO_INTERRUPT)
 
     def completed(self) -> list[tuple[int, int]]:
         taken = []
@@ -180,10 +180,12 @@ class Packed(Queue):
         self.slots_of: dict[int, int] = {}
 
     def set_desc(self, slot: int, addr: int, size: int, id: int, flags: int) -> None:
-        self.memory.write(self.desc + 16 * slot, DESC.pack(addr, size, id, flags))
+        """The flags come last, in one store: with them the slot belongs to the device."""
+        self.memory.write(self.desc + 16 * slot, DESC.pack(addr, size, id, 0)[:14])
+        self.memory.store_u16(self.desc + 16 * slot + 14, flags)
 
     def slot_flags(self, slot: int) -> int:
-        return self.memory.unpack("<H", self.desc + 16 * slot + 14)[0]
+        return self.memory.load_u16(self.desc + 16 * slot + 14)
 
     def available_flags(self) -> int:
         return AVAIL if self.avail_wrap else USED
@@ -192,17 +194,14 @@ class Packed(Queue):
         if indirect:
             chain = [self.indirect(chain, packed=True)]
         id = self.free.pop(0) if id is None else id
-        first, late = self.next_avail, b""
+        slots = []
         for i, seg in enumerate(chain):
             flags = seg.desc_flags | self.available_flags() | (NEXT if i + 1 < len(chain) else 0)
-            entry = DESC.pack(seg.addr, seg.size, id, flags)
-            if i:
-                self.memory.write(self.desc + 16 * self.next_avail, entry)
-            else:
-                late = entry
+            slots.append((self.next_avail, seg.addr, seg.size, id, flags))
             self._advance_avail()
-        self.memory.write(self.desc + 16 * first, late)
         self.slots_of[id] = len(chain)
+        for slot in reversed(slots):  # the first comes last: with it the device may have the chain
+            self.set_desc(*slot)
         return id
 
     def _advance_avail(self) -> None:
@@ -217,11 +216,12 @@ class Packed(Queue):
             self.set_event(0, 0 if want else 1)
 
     def set_event(self, off_wrap: int, flags: int) -> None:
-        self.memory.pack("<HH", self.avail, off_wrap, flags)
+        self.memory.store_u16(self.avail, off_wrap)
+        self.memory.store_u16(self.avail + 2, flags)
 
     @property
     def device_event(self) -> tuple[int, ...]:
-        return self.memory.unpack("<HH", self.used)
+        return self.memory.load_u16(self.used), self.memory.load_u16(self.used + 2)
 
     @property
     def device_suppresses(self) -> bool:
@@ -230,9 +230,10 @@ class Packed(Queue):
     def completed(self) -> list[tuple[int, int]]:
         taken: list[tuple[int, int]] = []
         while True:
-            _, size, id, flags = DESC.unpack(self.memory.read(self.desc + 16 * self.next_used, 16))
+            flags = self.slot_flags(self.next_used)
             if bool(flags & AVAIL) != bool(self.used_wrap) or bool(flags & USED) != bool(self.used_wrap):
                 return taken
+            _, size, id, _ = DESC.unpack(self.memory.read(self.desc + 16 * self.next_used, 16))
             self.next_used += self.slots_of.pop(id)
             if self.next_used >= self.num:
                 self.next_used, self.used_wrap = self.next_used - self.num, self.used_wrap ^ 1

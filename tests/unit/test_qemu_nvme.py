@@ -98,9 +98,9 @@ LINES: list[tuple[str, str, dict[str, Any] | str, str | None]] = [
     ("lws_min", "lws_min=8", {"geometry.ws_min": 8}, "0"),
     ("lws_opt", "lws_opt=16", {"geometry.ws_opt": 16}, "0"),
     ("lmw_cunits", "lmw_cunits=32", {"geometry.mw_cunits": 32}, "-1"),
-    ("lchunkstate", "lchunkstate=chunks.txt", {"nvme.chunk_state_file": "chunks.txt"}, None),
-    ("lresetfail", "lresetfail=r.txt", {"nvme.reset_fault_file": "r.txt"}, None),
-    ("lwritefail", "lwritefail=w.txt", {"nvme.write_fault_file": "w.txt"}, None),
+    ("lchunkstate", "lchunkstate=chunks.txt", {"faults.chunk_states": "chunks.txt"}, None),
+    ("lresetfail", "lresetfail=r.txt", {"faults.reset_failures": "r.txt"}, None),
+    ("lwritefail", "lwritefail=w.txt", {"faults.write_failures": "w.txt"}, None),
     ("learly_reset", "learly_reset=0", {"nvme.early_reset": False}, "2"),
     ("lsgl_lbal", "lsgl_lbal=0", {}, "1"),
     ("lnum_pu", "lnum_pu=4,lnum_ch=2", {"nvme.namespaces": ["ocssd20"], "geometry.pus": 4, "geometry.groups": 2}, "0"),
@@ -120,9 +120,9 @@ LINES: list[tuple[str, str, dict[str, Any] | str, str | None]] = [
     ("mw_cunits", "mw_cunits=32", {"geometry.mw_cunits": 32}, "-1"),
     ("wit", "wit=10", {"nvme.wear_threshold": 10}, "256"),
     ("early_reset", "early_reset=1", {"nvme.early_reset": True}, "x"),
-    ("chunkinfo", "chunkinfo=c.txt", {"nvme.chunk_state_file": "c.txt"}, None),
-    ("resetfail", "resetfail=r.txt", {"nvme.reset_fault_file": "r.txt"}, None),
-    ("writefail", "writefail=w.txt", {"nvme.write_fault_file": "w.txt"}, None),
+    ("chunkinfo", "chunkinfo=c.txt", {"faults.chunk_states": "c.txt"}, None),
+    ("resetfail", "resetfail=r.txt", {"faults.reset_failures": "r.txt"}, None),
+    ("writefail", "writefail=w.txt", {"faults.write_failures": "w.txt"}, None),
 ]
 
 

@@ -32,6 +32,10 @@ class FakeHost:
         self.saved: list[tuple[int, bytes]] = []
         self.held: list[int] = []
         self.pipe = b""
+        self.kept_wce: list[int] = []
+
+    def keep_wce(self, wce: int) -> None:
+        self.kept_wce.append(wce)
 
     def open_channel(self, fd: int) -> None:
         self.channels.append(fd)
@@ -388,11 +392,12 @@ def test_a_front_end_that_reconnects_hears_of_what_changed_meanwhile():
 def test_a_front_end_that_reconnects_gets_the_write_cache_mode_back_and_a_new_one_does_not():
     again, new = Driven(), Driven()
     for driven in (again, new):
-        driven.session.known_config = blk_config(2048, wce=0)
+        driven.session.known_wce = 0
     new.ask(Request.GET_CONFIG, m.Config(0, 57, 0, bytes(57)))
     for driven in (again, new):
         driven.start()
     assert (again.backend.wce, new.backend.wce) == (0, 1)
+    assert (again.host.kept_wce, new.host.kept_wce) == ([], [1])
 
 
 def test_a_driver_that_sets_wce_hears_no_news_of_it():
@@ -422,7 +427,9 @@ def test_device_state_carries_the_write_cache_mode_to_another_daemon():
     assert source.number(Request.CHECK_DEVICE_STATE) == 0
     assert move_state(target, LOAD) == 0x100
     assert target.number(Request.CHECK_DEVICE_STATE) == 0
+    target.start()
     assert target.backend.wce == 0
+    assert target.host.kept_wce == [0]
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,9 @@ class NoHost:
     def open_channel(self, fd: int) -> None:
         raise ValueError("no channel here")
 
+    def keep_wce(self, wce: int) -> None:
+        """Forget it."""
+
     def save_state(self, fd: int, data: bytes) -> None:
         raise ValueError("no state here")
 

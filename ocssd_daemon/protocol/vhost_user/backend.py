@@ -83,6 +83,9 @@ class Host(Protocol):
     def open_channel(self, fd: int) -> None:
         """Use *fd* to talk to the front end of our own accord."""
 
+    def keep_wce(self, wce: int) -> None:
+        """Remember the write cache mode beyond this session and this process."""
+
     def save_state(self, fd: int, data: bytes) -> None:
         """Write all of *data* now."""
 

@@ -24,7 +24,7 @@ def get_config(session: Session, message: Config, fds: Fds) -> Config:
             f"{message.size_bytes} bytes at {message.offset} end beyond the {CONFIG_DATA_MAX_BYTES} there are"
         )
     session.known_config = session.backend.config()
-    session.config_read = True
+    session.wce_is_known(session.known_config[CONFIG_WCE_OFFSET])
     # The space beyond the structure reads as zeroes: a newer driver asks for fields that we do not have.
     space = session.known_config.ljust(CONFIG_DATA_MAX_BYTES, b"\0")
     data = space[message.offset : message.offset + message.size_bytes]
@@ -41,6 +41,5 @@ def set_config(session: Session, message: Config, fds: Fds) -> None:
     wce = message.data[0]
     if wce > 1:
         raise Refusal(f"wce is {wce}, must be 0 or 1")
-    session.backend.set_wce(wce)
-    session.config_read = True
+    session.choose_wce(wce)
     session.known_config = session.backend.config()

@@ -75,7 +75,7 @@ def check_device_state(session: Session, message: Message, fds: Fds) -> U64:
 
 def _load(session: Session) -> int:
     try:
-        session.backend.set_wce(State.parse(session.host.load_state()).wce)
+        session.choose_wce(State.parse(session.host.load_state()).wce)
     except (ValueError, ConstructError):
         return FAILED
     return DONE

@@ -29,7 +29,8 @@ error descriptors, protocol features and the back-end channel stay: the front en
 A status of 0 alone drops nothing: some front ends send it before they ask where the rings stood.
 
 *Configuration.* A front end that starts a ring without having read the configuration is one that reconnected: it
-goes by what it read before, in the session before. So the write cache mode that its driver chose is put back
+goes by what it read before, in the session before, maybe with a daemon that was killed since. So the write cache mode
+that its driver chose, which the host keeps (`Host.keep_wce`), is put back
 (`continue_configuration`), and what else changed meanwhile is announced (`config_is_news`). Changes are news only
 while rings run; QEMU ignores them before.
 """
@@ -58,7 +59,7 @@ from ocssd_daemon.protocol.vhost_user.messages import (
     decode_payload,
     encode_reply,
 )
-from ocssd_daemon.protocol.vhost_user.wire import CONFIG_WCE_OFFSET, Feature, ProtocolFeature, Request, request_name
+from ocssd_daemon.protocol.vhost_user.wire import Feature, ProtocolFeature, Request, request_name
 
 Handler = Callable[["Session", Any, Sequence[int]], "Message | Enclosing | None"]
 
@@ -109,6 +110,7 @@ class Session:
     num_queues: int
     host: Host
     known_config: bytes | None = None  # what the front end of this socket read last, in any session
+    known_wce: int = 1  # the write cache mode that it was told or chose last, in any session
     config_read: bool = False  # in this session
     features: Feature = NO_FEATURE
     protocol_features: ProtocolFeature = NOTHING
@@ -135,9 +137,20 @@ class Session:
 
     def continue_configuration(self) -> None:
         """A ring starts: if that is after a reconnect, take up the write cache mode of the session before."""
-        if not self.config_read and self.known_config and self.backend.device_features & Feature.CONFIG_WCE:
-            self.backend.set_wce(self.known_config[CONFIG_WCE_OFFSET])
+        if not self.config_read and self.backend.device_features & Feature.CONFIG_WCE:
+            self.backend.set_wce(self.known_wce)
         self.config_read = True
+
+    def choose_wce(self, wce: int) -> None:
+        """The driver, or the daemon that this device comes from, wants this mode."""
+        self.backend.set_wce(wce)
+        self.wce_is_known(wce)
+
+    def wce_is_known(self, wce: int) -> None:
+        """The front end knows the mode: it holds until it is changed, whatever happens to us."""
+        self.config_read = True
+        self.known_wce = wce
+        self.host.keep_wce(wce)
 
     def config_is_news(self) -> bool:
         """Whether the front end must be told that the configuration changed; true once per change."""
