@@ -17,9 +17,8 @@ The FTL knows no transport and no bytes below a sector.
 """
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
-from libc.string cimport memcpy
 
-from ocssd_daemon.native.sys cimport store_release_u64
+from ocssd_daemon.native.sys cimport copy_past_cache, store_release_u64
 from ocssd_daemon.native.media cimport (
     CHUNK_FREE, CHUNK_OFFLINE, MEDIA_OK,
     MEDIA_UNRECOVERED,
@@ -407,7 +406,7 @@ cdef inline bint move_sector(ftl_t *f, frontier_t *w, uint32_t ppa, bint from_fl
             return True
     target = w.ppa + w.fill
     if f.media.data != NULL:
-        memcpy(media_data(f.media, target), media_data(f.media, ppa), f.media.geometry.sector_bytes)
+        copy_past_cache(media_data(f.media, target), media_data(f.media, ppa), f.media.geometry.sector_bytes)
     if may_be_lost(f):
         mark = lost_mark(f, ppa) if from_flash else oob.seq & OOB_LOST
     if f.media.timing != NULL and from_flash:

@@ -22,7 +22,7 @@ from ocssd_daemon.native.media cimport (
     CHUNK_FAIL_RESET, CHUNK_FREE, CHUNK_OFFLINE, CHUNK_OPEN, CHUNK_RETIRED, MEDIA_OK,
     chunk_close_early, chunk_go_offline, chunk_t, media_data, media_erase, ppa_chunk, ppa_of,
 )
-from ocssd_daemon.native.sys cimport eventfd_signal, prefetch
+from ocssd_daemon.native.sys cimport copies_end, eventfd_signal, prefetch
 from ocssd_daemon.native.wear cimport (
     NOTICE_HIGH_ERRORS, NOTICE_MEDIUM_ERRORS, NOTICE_REFRESHED, NOTICE_UNRECOVERABLE, NOTICES, wear_note, wear_t,
 )
@@ -337,6 +337,7 @@ cdef inline uint32_t move_word(ftl_t *f, uint32_t budget) noexcept nogil:
         if not move_sector(f, f.moved, base + ctz64(word[0]), True):
             return NO_PPA
         moved += 1
+    copies_end()
     if word[0] == 0:
         f.cursor += 1
     return moved

@@ -16,8 +16,12 @@ cdef extern from *:
     #include <malloc.h>
     #include <stdint.h>
     #include <sched.h>
+    #include <string.h>
     #include <time.h>
     #include <unistd.h>
+    #if defined(__x86_64__)
+    #include <immintrin.h>
+    #endif
 
     static inline uint64_t ocssd_now_ns(void) {
         struct timespec t;
@@ -44,6 +48,30 @@ cdef extern from *:
     #endif
     }
     static inline void ocssd_prefetch(const void *p) { __builtin_prefetch(p); }
+    #if defined(__x86_64__)
+    __attribute__((target("avx2"), noinline, unused))
+    static void ocssd_copy_past_cache_avx2(char *to, const char *from, size_t n) {
+        for (size_t i = 0; i < n; i += 128) {
+            __m256i a = _mm256_load_si256((const __m256i *)(from + i));
+            __m256i b = _mm256_load_si256((const __m256i *)(from + i + 32));
+            __m256i c = _mm256_load_si256((const __m256i *)(from + i + 64));
+            __m256i d = _mm256_load_si256((const __m256i *)(from + i + 96));
+            _mm256_stream_si256((__m256i *)(to + i), a);
+            _mm256_stream_si256((__m256i *)(to + i + 32), b);
+            _mm256_stream_si256((__m256i *)(to + i + 64), c);
+            _mm256_stream_si256((__m256i *)(to + i + 96), d);
+        }
+    }
+    static inline void ocssd_copy_past_cache(char *to, const char *from, size_t n) {
+        if (__builtin_cpu_supports("avx2") && !(((uintptr_t)to | (uintptr_t)from) & 31 || n & 127))
+            ocssd_copy_past_cache_avx2(to, from, n);
+        else memcpy(to, from, n);
+    }
+    static inline void ocssd_copies_end(void) { _mm_sfence(); }
+    #else
+    static inline void ocssd_copy_past_cache(char *to, const char *from, size_t n) { memcpy(to, from, n); }
+    static inline void ocssd_copies_end(void) {}
+    #endif
     static inline void ocssd_full_fence(void) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
     static inline void ocssd_release_fence(void) { __atomic_thread_fence(__ATOMIC_RELEASE); }
     static inline void ocssd_eventfd_signal(int fd) {
@@ -66,6 +94,10 @@ cdef extern from *:
     # Buffers of some hundred KiB come and go with every large request: mapped anew, each costs a page fault per 4 KiB.
     void keep_heap "ocssd_keep_heap" () noexcept nogil
     void prefetch "ocssd_prefetch" (const void *p) noexcept nogil      # never faults, whatever the address
+    # For data that nobody will read soon: without fetching the target's lines first, a quarter less time per sector.
+    # Ends with copies_end, before another thread or the kernel may look.
+    void copy_past_cache "ocssd_copy_past_cache" (char *to, const char *source, size_t n) noexcept nogil
+    void copies_end "ocssd_copies_end" () noexcept nogil
     void full_fence "ocssd_full_fence" () noexcept nogil
     void release_fence "ocssd_release_fence" () noexcept nogil
     # Both ignore every error but EINTR: a full counter is still a signal, and a peer may hand us any kind of fd.
