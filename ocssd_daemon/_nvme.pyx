@@ -8,7 +8,7 @@ What a queue does is in ``native/nvmeq.pxd``, what a command does in ``native/nv
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
 import os
 
@@ -35,15 +35,15 @@ from ocssd_daemon.native.nvme_wire cimport (
     IO_WRITE, IO_WRITE_ZEROES, NVME_INVALID_OPCODE, NVME_OK, cqe_t, nvme_status_field, sqe_t,
 )
 from ocssd_daemon.native.nvmeq cimport (
-    ERRORS_MAX, NAMESPACES_MAX, NOTICES_MAX, NO_FD, QUEUES_MAX, REPORT_BAD_DOORBELL, REPORT_NOTICE, REPORT_QUEUE_LOST,
-    cq_create, cq_delete, cq_post, cq_room, cq_signal, doorbell_at, intx_update, namespace_t, nvmeq_arm,
-    nvmeq_complete, nvmeq_disarm, nvmeq_poll, nvmeq_ready, nvmeq_t, outcome_t, queues_forget, run_one, shadows_start, sq_create,
+    ERRORS_MAX, NAMESPACES_MAX, NOTICES_MAX, NO_FD, QUEUES_MAX, REGISTERS_BYTES, REPORT_BAD_DOORBELL, REPORT_NOTICE, REPORT_QUEUE_LOST,
+    cq_create, cq_delete, cq_post, cq_room, cq_signal, doorbell_slot, doorbell_take, intx_update, namespace_t,
+    nvmeq_arm, nvmeq_complete, nvmeq_disarm, nvmeq_poll, nvmeq_ready, nvmeq_t, outcome_t, queues_forget, run_one, shadows_start, sq_create,
     sq_delete, sq_fetch, sq_tail,
 )
 from ocssd_daemon.native.reactor cimport (
     reactor_add, reactor_drain, reactor_remove, reactor_watch,
 )
-from ocssd_daemon.native.sys cimport eventfd_signal, iovec, store_release_u32
+from ocssd_daemon.native.sys cimport eventfd_signal, iovec
 
 BAD_DOORBELL, QUEUE_LOST, NOTICE = REPORT_BAD_DOORBELL, REPORT_QUEUE_LOST, REPORT_NOTICE
 SQE_BYTES, CQE_BYTES = sizeof(sqe_t), sizeof(cqe_t)
@@ -118,9 +118,6 @@ def status_field(int status):
 
 cdef class GuestMemory:
     """The guest's memory as far as it was mapped. Changes are made with the reactor's lock held."""
-
-    cdef gmem_t g
-    cdef Reactor reactor
 
     def __cinit__(self, Reactor reactor):
         memset(&self.g, 0, sizeof(self.g))
@@ -198,13 +195,6 @@ cdef class NvmeQueues:
     Acquires an eventfd and a place in the reactor; ``close`` gives both back and must be called.
     """
 
-    cdef nvmeq_t *q
-    cdef Reactor reactor
-    cdef GuestMemory memory
-    cdef object doorbells
-    cdef list kept
-    cdef dict raw
-
     def __cinit__(self, Reactor reactor, GuestMemory memory, doorbells, uint32_t queue_pairs, *, uint32_t stride=0,
                   bint mapped_doorbells=False, uint64_t max_transfer_bytes=0, uint32_t wear_threshold=0,
                   uint64_t token=0):
@@ -216,7 +206,10 @@ cdef class NvmeQueues:
         if self.q == NULL:
             raise MemoryError("NVMe queues")
         self.reactor, self.memory, self.doorbells, self.kept, self.raw = reactor, memory, page, [], {}
+        self.q.kick_fd = NO_FD
         self.q.block = <char *>malloc(COMPARE_BYTES)
+        if self.q.block == NULL:
+            raise MemoryError("NVMe queues")
         self.q.reactor = &reactor.r
         self.q.memory = &memory.g
         self.q.doorbells = <uint32_t *>&page[0]
@@ -233,6 +226,7 @@ cdef class NvmeQueues:
         self._join(token)
 
     cdef _join(self, uint64_t token):
+        cdef int failed
         self.q.source.poll = nvmeq_poll
         self.q.source.arm = nvmeq_arm
         self.q.source.disarm = nvmeq_disarm
@@ -242,8 +236,13 @@ cdef class NvmeQueues:
         self.q.source.memory_polled = 1
         self.q.kick_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         with self.reactor.paused():
-            reactor_add(&self.reactor.r, &self.q.source)
-            reactor_watch(&self.reactor.r, &self.q.source, self.q.kick_fd, EPOLLIN)
+            failed = reactor_watch(&self.reactor.r, &self.q.source, self.q.kick_fd, EPOLLIN)
+            if not failed:
+                reactor_add(&self.reactor.r, &self.q.source)
+        if failed:
+            os.close(self.q.kick_fd)
+            self.q.kick_fd = NO_FD
+            raise OSError(failed, os.strerror(failed))
 
     def close(self):
         if self.q.kick_fd == NO_FD:
@@ -409,16 +408,24 @@ cdef class NvmeQueues:
 
     def ring(self, uint32_t offset_bytes, uint32_t value):
         """A trapped write into the doorbell area. Returns the queue identifier, or -1 when there is no such doorbell."""
-        cdef uint32_t slot = offset_bytes >> (2 + self.q.stride_shift), qid = slot >> 1
-        if offset_bytes & ((4 << self.q.stride_shift) - 1) or qid >= self.q.queue_count:
+        cdef int slot = doorbell_slot(self.q, offset_bytes)
+        if slot < 0:
             return -1
-        if not (self.q.cq[qid].active if slot & 1 else self.q.sq[qid].active):
-            return -1
-        self.q.counters.doorbells += 1
-        store_release_u32(doorbell_at(self.q, qid, slot & 1), value)
-        if qid and not self.q.by_message:
+        doorbell_take(self.q, slot, value)
+        if slot >= 2 and not self.q.by_message:
             eventfd_signal(self.q.kick_fd)
-        return qid
+        return slot >> 1
+
+    def take_bad_doorbell(self):
+        """The report of an invalid doorbell value has been seen; the next one may come."""
+        self.q.bad_doorbell = False
+
+    def publish_registers(self, const unsigned char[::1] image):
+        """What reads of BAR0 give from now on where the reactor answers them; 64 bytes."""
+        if image.shape[0] != REGISTERS_BYTES:
+            raise ValueError(f"{image.shape[0]} bytes of registers, not {REGISTERS_BYTES}")
+        with self.reactor.paused():
+            memcpy(self.q.registers, &image[0], REGISTERS_BYTES)
 
     def set_msix(self, bint enabled):
         with self.reactor.paused():

@@ -32,6 +32,8 @@ cdef enum:
     ERRORS_MAX = 64             # entries of the error log
     NOTICES_MAX = 64            # entries of the chunk notification log
     NO_FD = -1
+    DOORBELLS_AT = 0x1000       # in BAR0
+    REGISTERS_BYTES = 0x40      # of BAR0 that are not zero
     FUSE_NONE = 0
     FUSE_FIRST = 1
     FUSE_SECOND = 2
@@ -112,7 +114,9 @@ ctypedef struct nvmeq_t:
     uint32_t *doorbells         # shared page; SQ tail of queue i at 2i, CQ head at 2i + 1, times the stride
     uint32_t stride_shift       # in doorbells
     uint32_t queue_count        # identifiers 0 … queue_count - 1
-    int kick_fd                 # eventfd: a trapped doorbell write has arrived
+    int kick_fd                 # eventfd: trio has taken a trapped doorbell write
+    uint8_t registers[REGISTERS_BYTES]      # what a read of BAR0 gives; trio keeps it up to date
+    bint bad_doorbell           # reported, and not yet seen by trio
     bint mapped_doorbells       # the guest writes the page unseen: no sleeping while it has queues
     bint by_message             # guest memory is a copy that trio keeps: it runs the queues (see _nvme.pyx)
     uint64_t shadow             # guest address of the shadow doorbells, 0: none
@@ -170,13 +174,32 @@ cdef inline uint32_t doorbell_read(nvmeq_t *self, uint32_t qid, uint32_t which, 
     return load_acquire_u32(shadow) if shadow != NULL else before
 
 
+cdef inline int doorbell_slot(const nvmeq_t *self, uint64_t offset) noexcept nogil:
+    """Which doorbell lies *offset* bytes behind DOORBELLS_AT: 2 × queue, + 1 for its CQ; -1 unless that queue exists."""
+    cdef uint64_t slot = offset >> (2 + self.stride_shift), qid = slot >> 1
+    if offset & ((4u << self.stride_shift) - 1) or qid >= self.queue_count:
+        return -1
+    return <int>slot if (self.cq[qid].active if slot & 1 else self.sq[qid].active) else -1
+
+
+cdef inline void doorbell_take(nvmeq_t *self, int slot, uint32_t value) noexcept nogil:
+    """A trapped write of a doorbell. Its value is looked at when the queue is run."""
+    self.counters.doorbells += 1
+    store_release_u32(doorbell_at(self, slot >> 1, slot & 1), value)
+
+
 cdef inline void reject_doorbell(nvmeq_t *self, uint32_t qid, uint32_t which, uint32_t good) noexcept nogil:
-    """An index that is not in the queue: report it once, and go on with the last good one. Spec: 5.2, error event."""
+    """An index that is not in the queue: go on with the last good one. Spec: 5.2, error event.
+
+    A storm of them is one report: the host has to read the log before there is another event.
+    """
     if self.shadow == 0 or qid == 0:
         store_release_u32(doorbell_at(self, qid, which), good)
     elif shadow_at(self, self.shadow, qid, which) != NULL:
         store_release_u32(shadow_at(self, self.shadow, qid, which), good)
-    reactor_report(self.reactor, &self.source, REPORT_BAD_DOORBELL)
+    if not self.bad_doorbell:
+        self.bad_doorbell = True
+        reactor_report(self.reactor, &self.source, REPORT_BAD_DOORBELL)
 
 
 cdef inline uint32_t sq_tail(nvmeq_t *self, uint32_t qid) noexcept nogil:
@@ -447,6 +470,17 @@ cdef inline void ask_for_event(nvmeq_t *self, uint32_t qid, uint32_t which, uint
         store_release_u32(place, index)
 
 
+cdef inline void ask_for_events(nvmeq_t *self, uint32_t qid) noexcept nogil:
+    """Ask for a doorbell write at the next command, and if the CQ is full, at the next entry that is taken from it.
+
+    Any other move of a CQ head changes nothing for us, and to trap it would double the guest's exits.
+    """
+    cdef uint32_t cqid = self.sq[qid].cqid
+    ask_for_event(self, qid, 0, self.sq[qid].head)
+    if cq_room(self, cqid) == 0:
+        ask_for_event(self, cqid, 1, self.cq[cqid].head)
+
+
 cdef inline int nvmeq_arm(source_t *source) noexcept nogil:
     """Before sleeping: the host must ring for the next command, and for a completion queue that is full."""
     cdef nvmeq_t *self = <nvmeq_t *>source
@@ -458,9 +492,7 @@ cdef inline int nvmeq_arm(source_t *source) noexcept nogil:
     if self.shadow:
         for qid in range(1, self.queue_count):
             if self.sq[qid].active:
-                ask_for_event(self, qid, 0, self.sq[qid].head)
-            if self.cq[qid].active:
-                ask_for_event(self, qid, 1, self.cq[qid].head)
+                ask_for_events(self, qid)
         full_fence()
     for qid in range(1, self.queue_count):
         if self.sq[qid].active and queue_waits(self, qid):

@@ -51,7 +51,7 @@ class Controller:
         self.wear_threshold = wear_threshold
         self.page_bytes = 4096
         self.registers = Registers(config, self._enable, self._disable, self._shutdown,
-                                   queues.set_interrupt_mask)
+                                   queues.set_interrupt_mask, queues.publish_registers)
         self.admin_opcodes = self._supported_admin()
         self.io_opcodes = self._supported_io()
         self._forget()

@@ -56,18 +56,20 @@ def capabilities(config: ControllerConfig) -> int:
 class Registers:
     """The register file. ``enable`` and ``disable`` are called on the edges of CC.EN, ``shutdown`` on CC.SHN.
 
-    ``enable(admin_sq, admin_cq, page_bytes)`` returns whether the admin queues could be set up.
+    ``enable(admin_sq, admin_cq, page_bytes)`` returns whether the admin queues could be set up. ``publish(image)``
+    is told what reads give, whenever that changes, for those who answer them without asking here.
     """
 
     def __init__(self, config: ControllerConfig, enable: Callable[[QueueShape, QueueShape, int], bool],
                  disable: Callable[[], None], shutdown: Callable[[], None],
-                 interrupt_mask: Callable[[int], None]) -> None:
+                 interrupt_mask: Callable[[int], None], publish: Callable[[bytes], None]) -> None:
         self._config = config
         self._enable, self._disable, self._shutdown = enable, disable, shutdown
-        self._interrupt_mask = interrupt_mask
+        self._interrupt_mask, self._publish = interrupt_mask, publish
         self.values = dict.fromkeys(TABLE, 0)
         self.values |= {"cap": capabilities(config), "vs": VERSION_1_3}
         self._after = {"intms": self._mask_set, "intmc": self._mask_cleared, "cc": self._configured}
+        publish(self._image())
 
     @property
     def ready(self) -> bool:
@@ -76,6 +78,7 @@ class Registers:
     def fatal(self) -> None:
         """The controller cannot go on (3.1.6, CSTS.CFS); the host resets it."""
         self.values["csts"] |= CSTS_CFS
+        self._publish(self._image())
 
     # Access: the file is one little-endian byte array, as PCI sees it.
 
@@ -88,6 +91,7 @@ class Registers:
             return
         for piece in range(0, len(data), 4):
             self._write_dword(offset + piece, int.from_bytes(data[piece:piece + 4], "little"))
+        self._publish(self._image())
 
     def _image(self) -> bytes:
         image = bytearray(SIZE_BYTES)
@@ -152,3 +156,4 @@ class Registers:
         self._disable()
         kept = ("cap", "vs", "aqa", "asq", "acq") if keep_admin else ("cap", "vs")
         self.values = {name: self.values[name] if name in kept else 0 for name in TABLE}
+        self._publish(self._image())

@@ -66,6 +66,9 @@ class FdSocket:
     def close(self) -> None:
         self._sock.close()
 
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
     def peer(self) -> str:
         """Name the other end for the log."""
         try:

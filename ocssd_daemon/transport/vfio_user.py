@@ -5,6 +5,10 @@ leaves without a word (they all do) ends the session: queues are drained, mappin
 and the next client may come. A second client waits `TAKEOVER_S` for the first to leave and is then refused
 by closing.
 
+Between two messages the socket is lent to the reactor, which serves doorbells and register reads itself and
+gives it back at the first message of another kind (``native/vfio_socket.pxd``). So nothing per I/O passes
+through here, unless the client shares no memory: then the socket stays, because our DMA messages use it too.
+
 Register accesses are answered before anything else is awaited: a vCPU that waits for one keeps QEMU from
 serving our DMA messages, and after 5 s QEMU gives the device up. Admin commands, and I/O commands of clients
 that share no memory, run in tasks of their own.
@@ -23,6 +27,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from ocssd_daemon._nvme import BAD_DOORBELL, NOTICE, QUEUE_LOST, GuestMemory, NvmeQueues
+from ocssd_daemon._vfio import SharedSocket
 from ocssd_daemon.log import kv, per
 from ocssd_daemon.nvme.admin_queue import AdminQueue
 from ocssd_daemon.nvme.assembly import attach, build_controller
@@ -32,11 +37,12 @@ from ocssd_daemon.nvme.ports import MemoryFault
 from ocssd_daemon.nvme.registers import DOORBELLS
 from ocssd_daemon.protocol.vfio_user import wire
 from ocssd_daemon.protocol.vfio_user.session import DmaReply, ProtocolError, Rejected, Request, Session
-from ocssd_daemon.protocol.vfio_user.wire import Command, DeviceFlags, Irq, Region, RegionFlags, SetIrqs
+from ocssd_daemon.protocol.vfio_user.wire import Command, DeviceFlags, Irq, Region, RegionFlags
 from ocssd_daemon.transport.fdsocket import BadDescriptors, FdBag, FdSocket, PeerGone, close_all
+from ocssd_daemon.transport.vfio_irqs import Interrupts, Refused
 from ocssd_daemon.transport.vfio_memory import ClientMemory
 from ocssd_daemon.transport.vfio_message_io import MessageQueues
-from ocssd_daemon.transport.vfio_pci import ConfigSpace, RegionShape, irqs, regions
+from ocssd_daemon.transport.vfio_pci import ConfigSpace, RegionShape, regions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,14 +57,6 @@ REGION_INFO_BYTES = 32
 COUNTERS = ("requests", "errors", "bytes_read", "bytes_written", "doorbells", "interrupts", "connections")
 
 
-class Refused(Exception):
-    """A request that is answered with an errno."""
-
-    def __init__(self, error: int, reason: str) -> None:
-        super().__init__(reason)
-        self.error = error
-
-
 class Bell:
     """Wakes one task; rings that come while it works are remembered as one."""
 
@@ -71,67 +69,6 @@ class Bell:
     async def wait(self) -> None:
         await self._event.wait()
         self._event = trio.Event()
-
-
-class Interrupts:
-    """The eventfds that the client gave, by index and vector. Owns them: replaced ones are closed."""
-
-    def __init__(self, config: ControllerConfig, queues: NvmeQueues) -> None:
-        self.shapes = irqs(config)
-        self._queues = queues
-        self._fds: dict[tuple[int, int], int] = {}
-
-    def set(self, body: wire.Record, fds: list[int]) -> None:
-        """One SET_IRQS. Takes descriptors out of *fds* when it keeps them. Raises Refused."""
-        self._check(body, fds)
-        if body.data_kind == SetIrqs.DATA_EVENTFD:
-            for offset in range(body.count):
-                self._attach(body.index, body.start + offset, fds.pop(0) if fds else -1)
-        elif body.action == SetIrqs.ACTION_TRIGGER and body.data_kind == SetIrqs.DATA_NONE and not body.count:
-            self._release(body.index)
-        elif body.index == Irq.INTX and body.action == SetIrqs.ACTION_UNMASK:
-            self._queues.unmask_intx()
-        elif body.index == Irq.INTX and body.action == SetIrqs.ACTION_MASK:
-            self._queues.mask_intx()
-
-    def _check(self, body: wire.Record, fds: list[int]) -> None:
-        shape = self.shapes.get(body.index)
-        if shape is None or body.start + body.count > shape.count:
-            raise Refused(errno.EINVAL, f"interrupts {body.start}+{body.count} of index {body.index}")
-        if body.flags & ~(SetIrqs.DATA_BITS | SetIrqs.ACTION_BITS) or body.data_kind.bit_count() != 1 \
-                or body.action.bit_count() != 1:
-            raise Refused(errno.EINVAL, f"interrupt flags {body.flags:#x}")
-        if body.data_kind == SetIrqs.DATA_BOOL and len(body.data) != body.count:
-            raise Refused(errno.EINVAL, f"{len(body.data)} bytes for {body.count} interrupts")
-        expected = (0, body.count) if body.data_kind == SetIrqs.DATA_EVENTFD else (0,)
-        if len(fds) not in expected:
-            raise Refused(errno.EINVAL, f"{len(fds)} descriptors for {body.count} interrupts")
-
-    def _attach(self, index: int, vector: int, fd: int) -> None:
-        before = self._fds.pop((index, vector), -1)
-        if fd >= 0:
-            os.set_blocking(fd, False)
-            self._fds[index, vector] = fd
-        self._tell(index, vector, fd)
-        if before >= 0:
-            os.close(before)
-
-    def _tell(self, index: int, vector: int, fd: int) -> None:
-        if index == Irq.INTX:
-            self._queues.set_intx(fd)
-        elif index == Irq.MSIX:
-            self._queues.set_msix(True)
-            self._queues.set_vector(vector, fd)
-
-    def _release(self, index: int) -> None:
-        for key in [key for key in self._fds if key[0] == index]:
-            self._attach(*key, -1)
-        if index == Irq.MSIX:
-            self._queues.set_msix(False)
-
-    def close(self) -> None:
-        for index in list(self.shapes):
-            self._release(index)
 
 
 class Device:
@@ -165,6 +102,7 @@ class Client:
             device.reactor, mapped, self._doorbells, config.queue_pairs, stride=config.stride, token=token,
             mapped_doorbells=device.mapped_doorbells, max_transfer_bytes=config.max_transfer_bytes,
             wear_threshold=device.wear_threshold)
+        self._socket = SharedSocket(self.queues, conn.fileno())
         self.memory = ClientMemory(mapped, self._dma_read, self._dma_write, self._by_message)
         attach(device.namespaces, self.queues, device.foreign)
         self.controller = build_controller(config, device.namespaces, self.queues, device.foreign,
@@ -177,6 +115,7 @@ class Client:
 
     def close(self) -> None:
         """Release everything that the client gave us, and the page of doorbells that it may have mapped."""
+        self._socket.close()
         self.queues.reset()
         self._interrupts.close()
         self.queues.close()
@@ -195,6 +134,7 @@ class Client:
             nursery.start_soon(self._serve_io)
             try:
                 while True:
+                    await self._lend()
                     await self._receive()
             except PeerGone:
                 return ""
@@ -205,6 +145,17 @@ class Client:
                 return str(error)
             finally:
                 nursery.cancel_scope.cancel()
+
+    async def _lend(self) -> None:
+        """Let the reactor have the socket until there is something on it that it leaves to us.
+
+        It stays here while a message is half received or a DMA message has no answer yet.
+        """
+        if self._session.between_messages and not self._replies and not self.queues.by_message:
+            self._socket.lend()
+            await trio.lowlevel.wait_readable(self._socket.returned_fd)
+            os.eventfd_read(self._socket.returned_fd)
+            await self._send(b"")
 
     async def _receive(self) -> None:
         with FdBag() as bag:
@@ -239,9 +190,10 @@ class Client:
             close_all(request.fds)
 
     async def _send(self, data: bytes, fds: tuple[int, ...] = ()) -> None:
-        if data:
-            async with self._sending:
-                await self._conn.send(data, fds)
+        """Send what the reactor had to leave, then *data*. The socket must be ours."""
+        async with self._sending:
+            await self._conn.send(self._socket.unsent())
+            await self._conn.send(data, fds)
 
     # ---- DMA messages -------------------------------------------------------------------------------------
 
@@ -250,6 +202,7 @@ class Client:
         arrived = trio.Event()
         box: list[DmaReply] = []
         self._replies[number] = (arrived, box)
+        self._socket.take_back()
         try:
             await self._send(message)
             with trio.fail_after(DMA_REPLY_S):
@@ -309,6 +262,7 @@ class Client:
     def report(self, code: int) -> None:
         """Something that the queues noticed."""
         if code == BAD_DOORBELL:
+            self.queues.take_bad_doorbell()
             self.controller.doorbell_error(register=False)
         elif code == NOTICE:
             self.controller.chunk_notice()

@@ -129,6 +129,11 @@ class Session:
         whole = wire.HEADER_BYTES if self._header is None else self._header.size - wire.HEADER_BYTES
         return whole - len(self._buffer)
 
+    @property
+    def between_messages(self) -> bool:
+        """Negotiated, and no part of a message has been received."""
+        return self.state is State.READY and self._header is None and not self._buffer and not self._fds
+
     def receive(self, data: bytes, fds: Sequence[int] = ()) -> Event | None:
         """Take the next bytes; returns an event when they complete a message. Raises
         :class:`ProtocolError`.
