@@ -20,5 +20,4 @@ cdef class NvmeQueues:
     cdef list kept
     cdef dict raw
     cdef _join(self, uint64_t token)
-    cdef _arm_faults(self, flash_ns_t *flash, write_faults, reset_faults)
     cdef int _format_flash(self, flash_ns_t *flash, uint32_t count)
