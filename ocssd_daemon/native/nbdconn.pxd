@@ -124,6 +124,8 @@ cdef inline int conn_poll(source_t *source, int budget) noexcept nogil:
             conn_send(c)
             told = done
     conn_send(c)
+    # Many bytes in few requests: the client needs its time, and maybe this CPU, to prepare the next ones.
+    source.bulk = TURN_BYTES - c.turn_bytes >= BULK_BYTES and TURN_BYTES - c.turn_bytes >= done * BULK_REQUEST_BYTES
     conn_settle(c, starved)
     return done or c.turn_bytes != TURN_BYTES
 

@@ -73,6 +73,8 @@ cdef enum:
     FLUSH_REPLIES = 16              # the same for replies without data
     TURN_BYTES = 1 << 20            # work per turn: well below 1 ms
     PIECE_BYTES = 256 * 1024        # work per step
+    BULK_BYTES = 64 * 1024          # a turn of so many bytes, in requests as large as the next: bulk
+    BULK_REQUEST_BYTES = 32 * 1024
     SMALL_READ_BYTES = 64 * 1024    # above it, a reply gets a block of its own
     DRAIN_LIMIT_BYTES = 32 << 20    # a refused payload is read and dropped up to here; beyond, the session ends
     MAX_CONTEXTS = 4
