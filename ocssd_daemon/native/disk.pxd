@@ -16,7 +16,7 @@ from ocssd_daemon.native.ftl cimport (
 )
 from ocssd_daemon.native.gc cimport ftl_commit, ftl_read_fails, ftl_slot, host_sync
 from ocssd_daemon.native.media cimport media_begin, media_data, media_done_ns
-from ocssd_daemon.native.sys cimport iovec, prefetch
+from ocssd_daemon.native.sys cimport copies_end, copy_past_cache, iovec, prefetch
 from ocssd_daemon.native.timing cimport timing_wait_for
 
 cdef extern from "errno.h" nogil:
@@ -95,7 +95,7 @@ cdef inline void gather(cursor_t *c, char *target, size_t n) noexcept nogil:
     while n:
         cursor_skip(c)
         piece = min(n, c.iov.iov_len - c.used)
-        memcpy(target, <const char *>c.iov.iov_base + c.used, piece)
+        copy_past_cache(target, <const char *>c.iov.iov_base + c.used, piece)
         target += piece
         c.used += piece
         n -= piece
@@ -182,15 +182,16 @@ cdef inline int write_part(disk_t *d, uint64_t offset, cursor_t *c, uint32_t n) 
 
 cdef inline int write_range(disk_t *d, uint64_t offset, cursor_t *c, uint64_t length) noexcept nogil:
     cdef uint32_t n
-    cdef int failed
+    cdef int failed = 0
     while length:
         n = <uint32_t>min(<uint64_t>(d.sector_bytes - (offset & (d.sector_bytes - 1))), length)
         failed = write_part(d, offset, c, n)
         if failed:
-            return failed
+            break
         offset += n
         length -= n
-    return 0
+    copies_end()
+    return failed
 
 
 cdef inline int disk_harden(disk_t *d) noexcept nogil:

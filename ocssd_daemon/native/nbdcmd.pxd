@@ -2,22 +2,44 @@
 
 Spec: NBD ``doc/proto.md`` "Request types", "Structured reply types". A step is bounded to one piece of work.
 
-Payloads of writes go to the disk from the receive buffer as they arrive, in whole sectors. That is one copy more than
-receiving into a buffer of their own would be for the kernel, but the pieces are still in the cache when the disk copies
-them, and a client that announces 32 MiB makes us allocate nothing.
+Payloads of writes go to the disk from the receive buffer as they arrive, in whole sectors: a client that announces 32 MiB
+makes us allocate nothing, and one that stops in the middle of a sector leaves that sector as it was. Receiving straight
+into the sectors saves no time (measured, 4 KiB: 1.0 us, through the buffer 0.8 us): the kernel fetches each cache line of
+the target before it fills it, which ``copy_past_cache`` does not.
 """
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
 from ocssd_daemon.native.disk cimport (
-    DISK_FUA, DISK_PIECE_BYTES, DISK_UNMAP, disk_discard, disk_flush, disk_read, disk_write, disk_write_zeroes,
+    DISK_FUA, DISK_PIECE_BYTES, DISK_UNMAP, disk_discard, disk_extent, disk_flush, disk_read, disk_write,
+    disk_write_zeroes,
 )
 from ocssd_daemon.native.nbdextent cimport EXTENT_LOOK_BYTES, EXTENT_TURN_BYTES
 from ocssd_daemon.native.nbdop cimport *
-from ocssd_daemon.native.nbdout cimport block_new, out_block, out_room
+from ocssd_daemon.native.nbdout cimport block_new, out_block, out_recycle, out_room
 from ocssd_daemon.native.nbdwire cimport *
 from ocssd_daemon.native.sys cimport iovec
+
+
+cdef enum:
+    HOLE_BYTES = 12                 # payload of an OFFSET_HOLE chunk: offset, length
+    EXTENT_STEP_BYTES = 16 * 1024   # what looking for the end of a hole costs, as bytes moved
+
+
+cdef inline void op_post_short(nbd_conn_t *c, op_t *op, uint32_t n) noexcept nogil:
+    """Answer with the block's first *n* bytes.
+
+    A short reply joins the others: what is unsent is counted in its bytes, not in those of a block for the longest.
+    """
+    cdef char *reply = out_room(&c.out, n) if n <= SMALL_READ_BYTES else NULL
+    if reply == NULL:
+        op_post_block(c, op, n)
+        return
+    memcpy(reply, op.block.data, n)
+    op_post(c, op, reply, n)
+    out_recycle(&c.out, op.block)
+    op.block = NULL
 
 
 # --- READ, WRITE, TRIM, WRITE_ZEROES and the small ones ---
@@ -67,6 +89,54 @@ cdef inline step_t step_read_large(nbd_conn_t *c, op_t *op) noexcept nogil:
     return op_finish(c)
 
 
+cdef inline bint read_has_holes(nbd_conn_t *c, op_t *op) noexcept nogil:
+    """May the reply say so, and is there something to say? Asked when the read begins."""
+    cdef uint64_t length_bytes
+    if c.mode == NBD_SIMPLE or op.request.flags & NBD_CMD_FLAG_DF or op.block != NULL:
+        return False
+    return not disk_extent(c.disk, op.cursor_bytes, op.end_bytes, &length_bytes) or (
+        length_bytes < op.end_bytes - op.cursor_bytes)
+
+
+cdef inline bint sparse_begin(nbd_conn_t *c, op_t *op) noexcept nogil:
+    """A block that holds the longest reply: every other sector a hole. Returns 0 without memory."""
+    cdef uint64_t chunks = (op.request.length_bytes >> c.disk.sector_shift) + 2 + op.request.length_bytes // PIECE_BYTES
+    op.block = out_block(&c.out, <uint32_t>(op.request.length_bytes + chunks * (NBD_REPLY_MAX_BYTES + HOLE_BYTES)))
+    op.chunk_at = 0
+    return op.block != NULL
+
+
+cdef inline step_t step_read_sparse(nbd_conn_t *c, op_t *op) noexcept nogil:
+    """One chunk: a hole, or a piece of data. Spec: NBD_REPLY_TYPE_OFFSET_HOLE, NBD_REPLY_TYPE_OFFSET_DATA."""
+    cdef uint64_t at = op.cursor_bytes
+    cdef uint64_t n
+    cdef bint mapped
+    cdef char *p
+    if op.block == NULL and not sparse_begin(c, op):
+        op_fail(op, NBD_ENOMEM, b"out of memory")
+        return STEP_MORE
+    mapped = disk_extent(c.disk, at, op.end_bytes, &n)
+    if mapped:
+        n = min(n, <uint64_t>PIECE_BYTES)
+        if read_piece(c, op, op.block.data + op.chunk_at + nbd_reply_bytes(c.mode) + 8, n):
+            return STEP_MORE
+    else:
+        op.cursor_bytes += n
+        c.turn_bytes -= EXTENT_STEP_BYTES
+    p = nbd_encode_chunk(op.block.data + op.chunk_at, c.mode, &op.request,
+                         NBD_REPLY_FLAG_DONE if op.cursor_bytes == op.end_bytes else 0,
+                         NBD_REPLY_TYPE_OFFSET_DATA if mapped else NBD_REPLY_TYPE_OFFSET_HOLE,
+                         8 + n if mapped else HOLE_BYTES)
+    p = put_be64(p, at)
+    p = p + n if mapped else put_be32(p, <uint32_t>n)
+    op.chunk_at = <uint32_t>(p - op.block.data)
+    if op.cursor_bytes < op.end_bytes:
+        return STEP_MORE
+    c.stats.bytes_read += op.request.length_bytes
+    op_post_short(c, op, op.chunk_at)
+    return op_finish(c)
+
+
 cdef inline step_t step_read(nbd_conn_t *c, op_t *op) noexcept nogil:
     cdef uint32_t header_bytes = read_header_bytes(c)
     cdef uint32_t n = <uint32_t>op.request.length_bytes
@@ -74,6 +144,8 @@ cdef inline step_t step_read(nbd_conn_t *c, op_t *op) noexcept nogil:
     if op.request.length_bytes > c.max_payload_bytes:
         op_fail(op, NBD_EINVAL, b"read larger than the maximum payload")
         return STEP_MORE
+    if op.block != NULL and op.chunk_at or read_has_holes(c, op):
+        return step_read_sparse(c, op)
     if n > SMALL_READ_BYTES:
         return step_read_large(c, op)
     reply = out_room(&c.out, header_bytes + n)
@@ -240,16 +312,6 @@ cdef inline void status_end_run(nbd_conn_t *c, op_t *op) noexcept nogil:
     op.run_bytes = 0
 
 
-cdef inline void status_post(nbd_conn_t *c, op_t *op) noexcept nogil:
-    """A short reply joins the others: what is unsent is counted in its bytes, not in those of a block for the longest."""
-    cdef char *reply = out_room(&c.out, op.chunk_at) if op.chunk_at <= SMALL_READ_BYTES else NULL
-    if reply == NULL:
-        op_post_block(c, op, op.chunk_at)
-        return
-    memcpy(reply, op.block.data, op.chunk_at)
-    op_post(c, op, reply, op.chunk_at)
-
-
 cdef inline step_t status_end_chunk(nbd_conn_t *c, op_t *op, uint32_t context) noexcept nogil:
     cdef uint32_t n = status_payload_bytes(c) + op.extents * extent_bytes(c)
     cdef char *p = op.block.data + op.chunk_at
@@ -264,7 +326,7 @@ cdef inline step_t status_end_chunk(nbd_conn_t *c, op_t *op, uint32_t context) n
     op.cursor_bytes = op.request.offset_bytes
     if op.contexts:
         return STEP_MORE
-    status_post(c, op)
+    op_post_short(c, op, op.chunk_at)
     return op_finish(c)
 
 

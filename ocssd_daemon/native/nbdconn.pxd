@@ -108,6 +108,7 @@ cdef inline int conn_poll(source_t *source, int budget) noexcept nogil:
     cdef nbd_conn_t *c = <nbd_conn_t *>source
     cdef bint starved = False
     cdef int done = 0
+    cdef int told = 0
     cdef step_t result
     c.turn_bytes = TURN_BYTES
     # Nobody waits for the rest of an operation that takes many turns.
@@ -119,9 +120,12 @@ cdef inline int conn_poll(source_t *source, int budget) noexcept nogil:
         if result == STEP_INPUT and not conn_fill(c):
             starved = not c.readable
             break
-        if c.out.bytes >= FLUSH_BYTES:
+        if c.out.bytes >= FLUSH_BYTES or done - told >= FLUSH_REPLIES:
             conn_send(c)
+            told = done
     conn_send(c)
+    # Many bytes in few requests: the client needs its time, and maybe this CPU, to prepare the next ones.
+    source.bulk = TURN_BYTES - c.turn_bytes >= BULK_BYTES and TURN_BYTES - c.turn_bytes >= done * BULK_REQUEST_BYTES
     conn_settle(c, starved)
     return done or c.turn_bytes != TURN_BYTES
 

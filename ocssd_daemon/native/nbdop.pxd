@@ -70,8 +70,11 @@ cdef enum:
     HELD_LIMIT_BYTES = 16 << 20     # bytes waiting for deadlines at which requests wait: 64 reads of 256 KiB
     HELD_LIMIT = 4096               # the same in replies
     FLUSH_BYTES = 64 * 1024         # send in the middle of a batch, so that the client works while we do
+    FLUSH_REPLIES = 16              # the same for replies without data
     TURN_BYTES = 1 << 20            # work per turn: well below 1 ms
     PIECE_BYTES = 256 * 1024        # work per step
+    BULK_BYTES = 64 * 1024          # a turn of so many bytes, in requests as large as the next: bulk
+    BULK_REQUEST_BYTES = 32 * 1024
     SMALL_READ_BYTES = 64 * 1024    # above it, a reply gets a block of its own
     DRAIN_LIMIT_BYTES = 32 << 20    # a refused payload is read and dropped up to here; beyond, the session ends
     MAX_CONTEXTS = 4
@@ -326,6 +329,7 @@ cdef inline step_t op_take(nbd_conn_t *c) noexcept nogil:
     op.error = NBD_OK
     op.done_at_ns = 0
     op.contexts = 0
+    op.chunk_at = 0
     c.op_active = 1
     if not nbd_decode_request(c.in_data + c.in_head, c.mode, &op.request):
         op_drop(c)

@@ -104,6 +104,7 @@ ctypedef struct source_t:
     uint8_t memory_polled       # 1: poll each turn (rings in shared memory); 0: poll after ready() or while `more`
     uint8_t more
     uint8_t attached
+    uint8_t bulk                # its last work was so much that the next takes longer to come than waking up
     source_t *next
 
 ctypedef struct watch_t:
@@ -144,6 +145,7 @@ ctypedef struct reactor_t:
     uint64_t poll_max_ns        # longest time to poll before sleeping (setting reactor.poll_us)
     uint64_t poll_ns            # the adaptive value in force
     uint8_t sleeping
+    uint8_t bulk                # that of the last source which had work: then nothing is gained by polling
     uint64_t turns
     uint64_t sleeps
     uint64_t wakeups_by_fd
@@ -471,7 +473,7 @@ cdef inline int reactor_turn(reactor_t *r) noexcept nogil:
     cdef source_t *source
     cdef source_t *following
     cdef int done = reactor_complete_due(r)
-    cdef int n
+    cdef int n, worked
     r.turns += 1
     if r.fd_sources:
         n = epoll_wait(r.epfd, events, REACTOR_FDS, 0)
@@ -481,7 +483,10 @@ cdef inline int reactor_turn(reactor_t *r) noexcept nogil:
     while source != NULL:
         following = source.next
         if source.memory_polled or source.more:
-            done += source.poll(source, REACTOR_BUDGET)
+            worked = source.poll(source, REACTOR_BUDGET)
+            if worked:
+                done += worked
+                r.bulk = source.bulk
         source = following
     return done
 
@@ -566,7 +571,7 @@ cdef inline void reactor_run(reactor_t *r) noexcept nogil:
         now = now_ns()
         if idle_since == 0:
             idle_since = now
-        if now - idle_since < r.poll_ns:
+        if now - idle_since < r.poll_ns and not r.bulk:
             cpu_relax()
             continue
         if not reactor_arm(r):

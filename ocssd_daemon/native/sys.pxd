@@ -52,10 +52,10 @@ cdef extern from *:
     __attribute__((target("avx2"), noinline, unused))
     static void ocssd_copy_past_cache_avx2(char *to, const char *from, size_t n) {
         for (size_t i = 0; i < n; i += 128) {
-            __m256i a = _mm256_load_si256((const __m256i *)(from + i));
-            __m256i b = _mm256_load_si256((const __m256i *)(from + i + 32));
-            __m256i c = _mm256_load_si256((const __m256i *)(from + i + 64));
-            __m256i d = _mm256_load_si256((const __m256i *)(from + i + 96));
+            __m256i a = _mm256_loadu_si256((const __m256i *)(from + i));
+            __m256i b = _mm256_loadu_si256((const __m256i *)(from + i + 32));
+            __m256i c = _mm256_loadu_si256((const __m256i *)(from + i + 64));
+            __m256i d = _mm256_loadu_si256((const __m256i *)(from + i + 96));
             _mm256_stream_si256((__m256i *)(to + i), a);
             _mm256_stream_si256((__m256i *)(to + i + 32), b);
             _mm256_stream_si256((__m256i *)(to + i + 64), c);
@@ -63,7 +63,7 @@ cdef extern from *:
         }
     }
     static inline void ocssd_copy_past_cache(char *to, const char *from, size_t n) {
-        if (__builtin_cpu_supports("avx2") && !(((uintptr_t)to | (uintptr_t)from) & 31 || n & 127))
+        if (__builtin_cpu_supports("avx2") && !((uintptr_t)to & 31 || n & 127))
             ocssd_copy_past_cache_avx2(to, from, n);
         else memcpy(to, from, n);
     }

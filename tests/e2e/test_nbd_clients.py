@@ -191,6 +191,10 @@ assert h.pread(len(data), 65536, ) == data
 seen = []
 h.pread_structured(131072, 0, lambda buf, offset, status, error: seen.append((offset, len(buf))) and 0, nbd.CMD_FLAG_DF)
 assert len(seen) == 1, seen
+seen.clear()
+h.pread_structured(262144, 0, lambda buf, offset, status, error: seen.append((offset, len(buf), status)) and 0)
+hole, data_chunk = nbd.READ_HOLE, nbd.READ_DATA
+assert seen == [(0, 65536, hole), (65536, 65536, data_chunk), (131072, 131072, hole)], seen
 h.zero(4096, 65536, nbd.CMD_FLAG_FAST_ZERO)
 assert h.pread(4096, 65536) == bytes(4096)
 h.trim(8192, 69632)

@@ -56,6 +56,7 @@ class Reply:
     data: bytes = b""
     extents: dict[int, list[tuple[int, int]]] = field(default_factory=dict)  # context id: (length, flags)
     chunks: list[int] = field(default_factory=list)  # types, in order; none for a simple reply
+    pieces: list[tuple[str, int, int]] = field(default_factory=list)  # of a read in chunks: data or hole, offset, length
 
 
 class NbdClient:
@@ -249,11 +250,16 @@ class NbdClient:
 
 
 def _offset_data(reply: Reply, data: bytes) -> None:
+    assert len(data) > 8, "a data chunk without data"
+    reply.pieces.append(("data", int.from_bytes(data[:8]), len(data) - 8))
     reply.data += data[8:]
 
 
 def _offset_hole(reply: Reply, data: bytes) -> None:
-    reply.data += bytes(int.from_bytes(data[8:12]))
+    offset, length = struct.unpack(">QI", data)
+    assert length, "a hole without length"
+    reply.pieces.append(("hole", offset, length))
+    reply.data += bytes(length)
 
 
 def _error(reply: Reply, data: bytes) -> None:

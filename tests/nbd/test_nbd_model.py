@@ -50,6 +50,16 @@ def apply(model: bytearray, request: tuple[int, int, int, int, int]) -> bytes:
     return bytes(model[offset : offset + length]) if kind == nbd.READ else b""
 
 
+def check_tiling(reply: nbd.Reply, request: tuple[int, int, int, int, int]) -> None:
+    """Chunks of a read follow each other without a gap, and no two holes do."""
+    at, before = request[1], ""
+    for kind, offset, length in reply.pieces:
+        assert offset == at
+        assert not kind == before == "hole"
+        at, before = at + length, kind
+    assert not reply.pieces or at == request[1] + request[2]
+
+
 @pytest.mark.parametrize("mode", MODES)
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(sent=st.lists(requests(), min_size=1, max_size=20), pieces=st.lists(st.integers(1, 9000), min_size=1))
@@ -74,6 +84,7 @@ def test_any_valid_stream_does_what_a_byte_array_would(
         for request in sent:
             reply = client.reply()
             assert (reply.error, reply.data) == (0, apply(model, request))
+            check_tiling(reply, request)
         assert client.read(0, len(model)) == model
 
 
