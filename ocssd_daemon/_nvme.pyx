@@ -8,7 +8,7 @@ What a queue does is in ``native/nvmeq.pxd``, what a command does in ``native/nv
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
 import os
 
@@ -38,7 +38,8 @@ from ocssd_daemon.native.nvme_long cimport (
 )
 from ocssd_daemon.native.nvme_wire cimport (
     IO_COMPARE, IO_DSM, IO_FLUSH, IO_READ, IO_VECTOR_COPY, IO_VECTOR_READ, IO_VECTOR_RESET, IO_VECTOR_WRITE, IO_VERIFY,
-    IO_WRITE, IO_WRITE_ZEROES, NVME_INVALID_OPCODE, NVME_OK, cqe_t, nvme_status_field, sqe_t,
+    IO_WRITE, IO_WRITE_ZEROES, NVME_INVALID_OPCODE, NVME_OK, chunk_descriptor_t, cqe_t,
+    dsm_range_t, nvme_status_field, sgl_t, sqe_t,
 )
 from ocssd_daemon.native.nvmeq cimport (
     ERRORS_MAX, NAMESPACES_MAX, NOTICES_MAX, NO_FD, QUEUES_MAX, REPORT_BAD_DOORBELL, REPORT_NOTICE, REPORT_QUEUE_LOST,
@@ -614,6 +615,55 @@ cdef class NvmeQueues:
     def io_opcodes(self):
         """The I/O opcodes that are implemented."""
         return frozenset(i for i in range(256) if OPS[i].run != NULL)
+
+
+# --- the wire's structs as dicts, for the tests that hold them against the definitions in Python --------------------------
+
+cdef union wire_t:
+    sqe_t sqe
+    cqe_t cqe
+    sgl_t sgl
+    dsm_range_t dsm_range
+    chunk_descriptor_t chunk_descriptor
+
+WIRE_BYTES = {"sqe": sizeof(sqe_t), "cqe": sizeof(cqe_t), "sgl": sizeof(sgl_t), "dsm_range": sizeof(dsm_range_t),
+              "chunk_descriptor": sizeof(chunk_descriptor_t)}
+
+
+def wire_parse(str name, const unsigned char[::1] raw):
+    """The fields of the C struct *name* that lies in *raw*."""
+    cdef wire_t w
+    if raw.shape[0] != WIRE_BYTES[name]:
+        raise ValueError(f"{raw.shape[0]} bytes: a {name} has {WIRE_BYTES[name]}")
+    memcpy(&w, &raw[0], raw.shape[0])
+    if name == "sqe":
+        return w.sqe
+    if name == "cqe":
+        return w.cqe
+    if name == "sgl":
+        return w.sgl
+    if name == "dsm_range":
+        return w.dsm_range
+    return w.chunk_descriptor
+
+
+def wire_build(str name, f):
+    """The bytes of the C struct *name* with these fields; what has no name is zero."""
+    cdef wire_t w
+    memset(&w, 0, sizeof(w))
+    if name == "sqe":
+        w.sqe = f
+    elif name == "cqe":
+        w.cqe = f
+    elif name == "sgl":
+        w.sgl.address, w.sgl.length, w.sgl.identifier = f["address"], f["length"], f["identifier"]
+    elif name == "dsm_range":
+        w.dsm_range = f
+    else:
+        w.chunk_descriptor.state, w.chunk_descriptor.type = f["state"], f["type"]
+        w.chunk_descriptor.wear_index, w.chunk_descriptor.slba = f["wear_index"], f["slba"]
+        w.chunk_descriptor.cnlb, w.chunk_descriptor.wp = f["cnlb"], f["wp"]
+    return (<const char *>&w)[:WIRE_BYTES[name]]
 
 
 # --- the same flash commands, in process -----------------------------------------------------------------------------

@@ -29,6 +29,8 @@ cdef extern from *:
         uint8_t flags
         uint16_t cid
         uint32_t nsid
+        uint32_t cdw2
+        uint32_t cdw3
         uint64_t mptr
         uint64_t prp1
         uint64_t prp2
