@@ -82,7 +82,7 @@ def _temperature(controller: Controller, _nsid: int, value: int) -> Answer:
 
 def crossed(threshold: int, *, under: bool) -> bool:
     """Is the temperature beyond *threshold*?"""
-    return TEMPERATURE_KELVIN <= threshold if under else TEMPERATURE_KELVIN >= threshold
+    return threshold >= TEMPERATURE_KELVIN if under else threshold <= TEMPERATURE_KELVIN
 
 
 def async_events(controller: Controller) -> int:

@@ -1,4 +1,4 @@
-"""Owns what the drive counts over all of its sessions. A session has queues of its own, with counters that end with it."""
+"""Owns what the drive counts over all of its sessions. A session's queues have counters that end with it."""
 
 from __future__ import annotations
 

@@ -63,7 +63,8 @@ def _nvme_device(device: Device) -> NvmeDevice:
     with device.reactor.paused():
         _set_states(nvme, device.media, namespaces)
     return NvmeDevice(
-        device.reactor, config_of(nvme, time.monotonic), namespaces, device.ftl_owns, mapped_doorbells=nvme.doorbells == "mapped",
+        device.reactor, config_of(nvme, time.monotonic), namespaces, device.ftl_owns,
+        mapped_doorbells=nvme.doorbells == "mapped",
         wear_threshold=nvme.wear_threshold, seed=device.settings.seed,
         write_faults=_faults(nvme.write_fault_file, device, sectors=True),
         reset_faults=_faults(nvme.reset_fault_file, device, sectors=False),

@@ -1,4 +1,4 @@
-"""What features do beyond keeping a value, what a reset leaves of them, and that SMART tells of the drive, not of a session."""
+"""What features do beyond keeping a value, what a reset leaves of them; SMART tells of the drive, not of a session."""
 
 from __future__ import annotations
 
@@ -80,7 +80,8 @@ def test_dulbe_is_off_after_a_controller_reset_for_commands_too(start):
     assert host.vector_read([0])[0].status == 0
 
 
-@pytest.mark.parametrize(("value", "status"), [(350, 0), (0xF << 16 | 350, 0), (1 << 16 | 350, 0x4002), (2 << 20, 0x4002)])
+@pytest.mark.parametrize(("value", "status"), [(350, 0), (0xF << 16 | 350, 0), (1 << 16 | 350, 0x4002),
+                                               (2 << 20, 0x4002)])
 def test_there_is_one_temperature_sensor(start, value, status):
     _, host = start()
     assert features(host, 0x09, 4, value).status == status

@@ -112,7 +112,9 @@ def test_two_block_namespaces_are_two_halves_of_the_disk(tmp_path: Path, backing
     (LINE_12.replace("lnum_lun=4", "lnum_lun=2"), 1, "the image was made with geometry.pus = 4, not 2"),
     ("lver=1,lchannels=1", 2, "lchannels"),
 ])
-def test_a_line_that_is_not_the_images_is_refused(tmp_path: Path, backing: Path, line: str, code: int, says: str) -> None:
+def test_a_line_that_is_not_the_images_is_refused(
+    tmp_path: Path, backing: Path, line: str, code: int, says: str
+) -> None:
     first = ["--vfio-user", tmp_path / "s", "--store", backing, "--run", "true"]
     assert run_daemon(*first, "--qemu-nvme", LINE_12).returncode == 0
     done = run_daemon(*first, "--qemu-nvme", line)

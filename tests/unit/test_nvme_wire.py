@@ -1,4 +1,4 @@
-"""The same bytes, the same fields, both ways: construct's definitions, the C structs, and the offsets of the specifications.
+"""The same bytes, the same fields, both ways: construct's definitions, the C structs, the specifications' offsets.
 
 C knows what lies in queues; there construct is held against it. Geometry, identity, tables and logs exist in construct
 only (and one in numpy); those are held against offsets that are written out here.
@@ -27,7 +27,8 @@ C_STRUCTS: dict[str, tuple[Any, dict[str, Any]]] = {
         "cdw": lambda c: [c[f"cdw{i}"] for i in range(10, 16)],
     }),
     "cqe": (commands.CompletionEntry, {}),
-    "sgl": (commands.SglDescriptor, {"type": lambda c: c["identifier"] >> 4, "subtype": lambda c: c["identifier"] & 15}),
+    "sgl": (commands.SglDescriptor, {"type": lambda c: c["identifier"] >> 4,
+                                     "subtype": lambda c: c["identifier"] & 15}),
     "dsm_range": (commands.DsmRange, {}),
     "chunk_descriptor": (ocssd20.ChunkDescriptor, {}),
 }
