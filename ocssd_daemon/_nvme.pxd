@@ -20,4 +20,4 @@ cdef class NvmeQueues:
     cdef list kept
     cdef dict raw
     cdef _join(self, uint64_t token)
-    cdef int _format_flash(self, flash_ns_t *flash, uint32_t count)
+    cdef _format_chunks(self, flash_ns_t *flash, uint32_t first, uint32_t count)

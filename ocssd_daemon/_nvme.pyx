@@ -19,20 +19,27 @@ from ocssd_daemon.native.disk cimport disk_discard, disk_flush
 from ocssd_daemon.native.gmem cimport (
     gmem_add, gmem_at_write, gmem_clear, gmem_poisoned, gmem_remove, gmem_t,
 )
-from ocssd_daemon.native.media cimport CHUNK_FREE, CHUNK_OFFLINE, chunk_t, media_begin, media_reset
+from ocssd_daemon.native.media cimport (
+    CHUNK_FREE, CHUNK_OFFLINE, CHUNK_OPEN, chunk_close_early, chunk_t, media_begin, media_reset,
+)
 from ocssd_daemon.native.nvme_dptr cimport guest_copy_in, guest_copy_out
 from ocssd_daemon.native.nvme_exec cimport (
     BROADCAST, COMPARE_BYTES, DATA_FROM_HOST, DATA_NONE, DATA_TO_HOST, ON_20, ON_ALL, ON_RAW,
     check_data_blocks, check_dsm, check_vector_copy, check_vector_data, check_vector_reset, check_vector_write,
     check_write, check_zeroes, check_blocks, execute_row, find_namespace, flush_all, io_t, op_t, raw_copy,
-    raw_reset, run_compare, run_dsm, run_flush, run_read, run_verify, run_write, run_zeroes, step_t,
+    raw_reset, run_compare, run_flush, run_read, run_write, step_t,
 )
 from ocssd_daemon.native.nvme_flash cimport (
     KIND_BLOCK, MARK_SHIFT, flash_copy, flash_ns_t, flash_read, flash_req_t, flash_reset, flash_write, is_foreign,
+    marked_bad,
+)
+from ocssd_daemon.native.nvme_long cimport (
+    jobs_arm, jobs_complete, jobs_disarm, jobs_end, jobs_forget, jobs_poll, jobs_ready, run_blocks, run_dsm,
 )
 from ocssd_daemon.native.nvme_wire cimport (
     IO_COMPARE, IO_DSM, IO_FLUSH, IO_READ, IO_VECTOR_COPY, IO_VECTOR_READ, IO_VECTOR_RESET, IO_VECTOR_WRITE, IO_VERIFY,
-    IO_WRITE, IO_WRITE_ZEROES, NVME_INVALID_OPCODE, NVME_OK, cqe_t, nvme_status_field, sqe_t,
+    IO_WRITE, IO_WRITE_ZEROES, NVME_INVALID_OPCODE, NVME_OK, chunk_descriptor_t, cqe_t,
+    dsm_range_t, nvme_status_field, sgl_t, sqe_t,
 )
 from ocssd_daemon.native.nvmeq cimport (
     ERRORS_MAX, NAMESPACES_MAX, NOTICES_MAX, NO_FD, QUEUES_MAX, REGISTERS_BYTES, REPORT_BAD_DOORBELL, REPORT_NOTICE, REPORT_QUEUE_LOST,
@@ -62,6 +69,13 @@ cdef extern from "sys/epoll.h" nogil:
 
 cdef op_t OPS[256]
 
+cdef enum:
+    ABORT_REQUESTED = 0x007
+    ABORTED_SQ_DELETION = 0x008
+    WRITE_FAULT = 0x280
+    FORMAT_BYTES = 64 << 20     # of a disk, and
+    FORMAT_CHUNKS = 4096        # of flash, that a format discards before it lets the loop go on
+
 
 cdef void row(int opcode, uint8_t kinds, uint8_t data, step_t check, step_t run) noexcept:
     OPS[opcode].kinds = kinds
@@ -75,9 +89,9 @@ cdef void install_operations() noexcept:
     row(IO_WRITE, ON_ALL, DATA_FROM_HOST, check_write, run_write)
     row(IO_READ, ON_ALL, DATA_TO_HOST, check_data_blocks, run_read)
     row(IO_COMPARE, ON_ALL, DATA_FROM_HOST, check_data_blocks, run_compare)
-    row(IO_WRITE_ZEROES, ON_ALL, DATA_NONE, check_zeroes, run_zeroes)
+    row(IO_WRITE_ZEROES, ON_ALL, DATA_NONE, check_zeroes, run_blocks)
     row(IO_DSM, ON_ALL, DATA_FROM_HOST, check_dsm, run_dsm)
-    row(IO_VERIFY, ON_ALL, DATA_NONE, check_blocks, run_verify)
+    row(IO_VERIFY, ON_ALL, DATA_NONE, check_blocks, run_blocks)
     row(IO_VECTOR_RESET, ON_RAW, DATA_TO_HOST, check_vector_reset, raw_reset)
     row(IO_VECTOR_WRITE, ON_RAW, DATA_FROM_HOST, check_vector_write, run_write)
     row(IO_VECTOR_READ, ON_RAW, DATA_TO_HOST, check_vector_data, run_read)
@@ -94,7 +108,8 @@ cdef outcome_t execute(nvmeq_t *q, const sqe_t *s) noexcept nogil:
     cdef const op_t *op = &OPS[s.opcode]
     io.q, io.s, io.n, io.first = q, s, 0, 0
     io.data_bytes = io.oob_bytes = io.oob_address = io.result = io.due_ns = 0
-    io.vector = False
+    io.vector = io.parked = False
+    io.last = True
     if op.run == NULL:
         o.status = NVME_INVALID_OPCODE
     elif s.opcode == IO_FLUSH and s.nsid == <uint32_t>BROADCAST:
@@ -104,6 +119,7 @@ cdef outcome_t execute(nvmeq_t *q, const sqe_t *s) noexcept nogil:
         if o.status == NVME_OK:
             o.status = execute_row(&io, op) if op.kinds >> io.ns.kind & 1 else NVME_INVALID_OPCODE
             q.turn_bytes -= <int64_t>io.data_bytes
+    o.parked = io.parked
     o.result = io.result
     o.due_ns = io.due_ns
     return o
@@ -235,9 +251,17 @@ cdef class NvmeQueues:
         self.q.source.token = token
         self.q.source.memory_polled = 1
         self.q.kick_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.q.jobs.owner = self.q
+        self.q.jobs.source.poll = jobs_poll
+        self.q.jobs.source.arm = jobs_arm
+        self.q.jobs.source.disarm = jobs_disarm
+        self.q.jobs.source.ready = jobs_ready
+        self.q.jobs.source.complete = jobs_complete
+        self.q.jobs.source.token = token
         with self.reactor.paused():
             failed = reactor_watch(&self.reactor.r, &self.q.source, self.q.kick_fd, EPOLLIN)
             if not failed:
+                reactor_add(&self.reactor.r, &self.q.jobs.source)
                 reactor_add(&self.reactor.r, &self.q.source)
         if failed:
             os.close(self.q.kick_fd)
@@ -248,8 +272,10 @@ cdef class NvmeQueues:
         if self.q.kick_fd == NO_FD:
             return
         with self.reactor.paused():
+            jobs_forget(self.q)
             queues_forget(self.q)
             reactor_remove(&self.reactor.r, &self.q.source)
+            reactor_remove(&self.reactor.r, &self.q.jobs.source)
         os.close(self.q.kick_fd)
         self.q.kick_fd = NO_FD
         self.q.doorbells = NULL
@@ -265,11 +291,16 @@ cdef class NvmeQueues:
 
     # -- namespaces
 
-    def add_block(self, uint32_t nsid, Disk disk):
+    def add_block(self, uint32_t nsid, Disk disk, uint64_t base_lbas=0, uint64_t size_lbas=0):
+        """A part of *disk*, in its blocks; without a size all of it."""
         cdef namespace_t *ns = &self.q.ns[nsid]
+        cdef uint64_t most = disk.d.size_bytes // disk.d.block_bytes
+        if base_lbas > most or size_lbas > most - base_lbas:
+            raise ValueError(f"blocks {base_lbas} + {size_lbas}: the disk has {most}")
         self.kept.append(disk)
         with self.reactor.paused():
-            ns.size_lbas = disk.d.size_bytes // disk.d.block_bytes
+            ns.size_lbas = size_lbas or most - base_lbas
+            ns.disk_base_bytes = base_lbas * disk.d.block_bytes
             ns.lba_shift = disk.block_bytes.bit_length() - 1
             ns.read_only = disk.d.read_only
             ns.disk = &disk.d
@@ -312,8 +343,9 @@ cdef class NvmeQueues:
             return bool(sq_create(self.q, qid, shape.address, shape.entries, cqid))
 
     def delete_sq(self, uint32_t qid):
-        """Commands in progress complete first."""
+        """Commands in progress complete first; those that go on in pieces are aborted."""
         with self.reactor.paused():
+            jobs_end(self.q, qid, -1, ABORTED_SQ_DELETION)
             reactor_drain(&self.reactor.r, &self.q.source)
             sq_delete(self.q, qid)
 
@@ -321,12 +353,14 @@ cdef class NvmeQueues:
         with self.reactor.paused():
             cq_delete(self.q, qid)
 
-    def abort(self, sqid, cid):
-        """Commands run as soon as they are fetched, so there is never one left to abort."""
-        return False
+    def abort(self, uint32_t sqid, int cid):
+        """Commands run as soon as they are fetched: only one that goes on in pieces can still be aborted."""
+        with self.reactor.paused():
+            return bool(jobs_end(self.q, sqid, cid, ABORT_REQUESTED))
 
     def reset(self):
         with self.reactor.paused():
+            jobs_forget(self.q)
             reactor_drain(&self.reactor.r, &self.q.source)
             queues_forget(self.q)
             memset(self.q.doorbells, 0, self.doorbells.shape[0])
@@ -379,21 +413,41 @@ cdef class NvmeQueues:
             self.q.page_bytes = page_bytes
 
     def format(self, uint32_t nsid):
-        """Discard everything. Returns a status: 0, or that of the first chunk that could not be reset."""
-        cdef namespace_t *ns = &self.q.ns[nsid]
-        with self.reactor.paused():
-            if ns.kind == KIND_BLOCK:
-                return 0x280 if disk_discard(ns.disk, 0, ns.disk.size_bytes) else NVME_OK
-            return self._format_flash(&ns.flash, self.raw[nsid].chunk_count)
+        """Discard everything, piece by piece, so that the loop goes on meanwhile. Returns a status.
 
-    cdef int _format_flash(self, flash_ns_t *flash, uint32_t count):
+        Of flash that is every chunk which holds something; one whose reset fails goes offline, as always. Chunks of
+        somebody else's, and ones marked bad, stay as they are.
+        """
+        cdef namespace_t *ns = &self.q.ns[nsid]
+        cdef uint64_t at = 0, size_bytes = ns.size_lbas << ns.lba_shift
+        cdef uint64_t n, first, count
+        cdef int failed = 0
+        if ns.kind == KIND_BLOCK:
+            while at < size_bytes and not failed:
+                n = min(size_bytes - at, <uint64_t>FORMAT_BYTES)
+                with self.reactor.paused():
+                    failed = disk_discard(ns.disk, ns.disk_base_bytes + at, n)
+                at += n
+            return WRITE_FAULT if failed else NVME_OK
+        first, count = ns.flash.chunk_base, self.raw[nsid].chunk_count
+        while at < count:
+            n = min(count - at, <uint64_t>FORMAT_CHUNKS)
+            with self.reactor.paused():
+                self._format_chunks(&ns.flash, <uint32_t>(first + at), <uint32_t>n)
+            at += n
+        return NVME_OK
+
+    cdef _format_chunks(self, flash_ns_t *flash, uint32_t first, uint32_t count):
         cdef uint32_t i
         cdef const chunk_t *c
-        for i in range(flash.chunk_base, flash.chunk_base + count):
+        media_begin(flash.media)
+        for i in range(first, first + count):
             c = &flash.media.chunks[i]
-            if c.state != CHUNK_OFFLINE and c.state != CHUNK_FREE and not is_foreign(flash, i):
-                media_reset(flash.media, i)
-        return NVME_OK
+            if c.state == CHUNK_OFFLINE or c.state == CHUNK_FREE or is_foreign(flash, i) or marked_bad(flash, i):
+                continue
+            if c.state == CHUNK_OPEN:
+                chunk_close_early(flash.media, i)       # a format may do what a reset without early_reset may not
+            media_reset(flash.media, i)
 
     def mark_blocks(self, namespace, indices, state):
         """Set the bad-block mark of chunks (indices within the namespace)."""
@@ -552,6 +606,55 @@ cdef class NvmeQueues:
     def io_opcodes(self):
         """The I/O opcodes that are implemented."""
         return frozenset(i for i in range(256) if OPS[i].run != NULL)
+
+
+# --- the wire's structs as dicts, for the tests that hold them against the definitions in Python --------------------------
+
+cdef union wire_t:
+    sqe_t sqe
+    cqe_t cqe
+    sgl_t sgl
+    dsm_range_t dsm_range
+    chunk_descriptor_t chunk_descriptor
+
+WIRE_BYTES = {"sqe": sizeof(sqe_t), "cqe": sizeof(cqe_t), "sgl": sizeof(sgl_t), "dsm_range": sizeof(dsm_range_t),
+              "chunk_descriptor": sizeof(chunk_descriptor_t)}
+
+
+def wire_parse(str name, const unsigned char[::1] raw):
+    """The fields of the C struct *name* that lies in *raw*."""
+    cdef wire_t w
+    if raw.shape[0] != WIRE_BYTES[name]:
+        raise ValueError(f"{raw.shape[0]} bytes: a {name} has {WIRE_BYTES[name]}")
+    memcpy(&w, &raw[0], raw.shape[0])
+    if name == "sqe":
+        return w.sqe
+    if name == "cqe":
+        return w.cqe
+    if name == "sgl":
+        return w.sgl
+    if name == "dsm_range":
+        return w.dsm_range
+    return w.chunk_descriptor
+
+
+def wire_build(str name, f):
+    """The bytes of the C struct *name* with these fields; what has no name is zero."""
+    cdef wire_t w
+    memset(&w, 0, sizeof(w))
+    if name == "sqe":
+        w.sqe = f
+    elif name == "cqe":
+        w.cqe = f
+    elif name == "sgl":
+        w.sgl.address, w.sgl.length, w.sgl.identifier = f["address"], f["length"], f["identifier"]
+    elif name == "dsm_range":
+        w.dsm_range = f
+    else:
+        w.chunk_descriptor.state, w.chunk_descriptor.type = f["state"], f["type"]
+        w.chunk_descriptor.wear_index, w.chunk_descriptor.slba = f["wear_index"], f["slba"]
+        w.chunk_descriptor.cnlb, w.chunk_descriptor.wp = f["cnlb"], f["wp"]
+    return (<const char *>&w)[:WIRE_BYTES[name]]
 
 
 # --- the same flash commands, in process -----------------------------------------------------------------------------

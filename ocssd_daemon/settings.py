@@ -172,7 +172,7 @@ class NvmeSettings(Section, frozen=True):
     firmware: Annotated[str, Meta(max_length=8, description="firmware revision")] = "1.0"
     vid: Annotated[int, _int(0, 0xFFFF, "PCI vendor; Linux binds lightnvm to 0x1d1d")] = 0x1D1D
     did: Annotated[int, _int(0, 0xFFFF, "PCI device; Linux binds lightnvm to 0x1f1f")] = 0x1F1F
-    write_cache: Annotated[bool, _text("the disk has a volatile write cache; no: every write is as after a flush")] = True
+    write_cache: Annotated[bool, _text("a volatile write cache; without it every write is as after a flush")] = True
     mpsmax: Annotated[int, _int(0, 4, "largest memory page of the host: 4 KiB << this")] = 0
     coalesce_commands: Annotated[int, _int(0, 255, "completions, less 1, that share an interrupt at first")] = 0
     coalesce_us: Annotated[int, _int(0, 25_500, "longest time that one waits for others; steps of 100; 0: never")] = 0
@@ -263,7 +263,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "reference-12": {  # lver=1 and a 1 GiB file: 1 LUN, 1 plane, 256 pages of one sector a block
         "geometry.groups": 1,
         "geometry.pus": 1,
-        "geometry.chunks": 1024,
+        "geometry.chunks": 1022,  # 8 bytes of each sector are set aside
         "geometry.sectors": 256,
         "geometry.ws_min": 1,
         "geometry.ws_opt": 1,

@@ -1,4 +1,4 @@
-"""``ocssd create`` and ``ocssd import``: own their arguments, how their result looks, and that a failure leaves nothing.
+"""``ocssd create`` and ``ocssd import``: own their arguments, how a result looks, and that a failure leaves nothing.
 
 An image is made under a name of its own and gets its real one when it is whole. Exit codes: 0 done, 1 a file cannot be
 used or made, 2 usage or settings.
@@ -50,9 +50,10 @@ def create(path: str, preset: str, config: str | None, options: str | None, size
     """Make an image file for --store, of a geometry; the file is sparse."""
     from ocssd_daemon import settings as sets
     from ocssd_daemon.cli import qemu_img
+    from ocssd_daemon.cli.reference_options import Translation
 
     try:
-        translated = qemu_img.translate(options) if options is not None else qemu_img.Translation("")
+        translated = qemu_img.translate(options) if options is not None else Translation("")
         layers = [
             sets.from_preset(preset), translated.layer(), sets.from_toml(config) if config else {},
             {"size": sets.Given(size, "--size")} if size else {}, _geometry_only(assignments),

@@ -1,4 +1,4 @@
-"""Owns the translation of ``qemu-img create -f ocssd -o OPTIONS`` of the reference emulator (``ocssd create --qemu-img``).
+"""Owns the translation of the options of the reference's ``qemu-img create -f ocssd`` (``ocssd create --qemu-img``).
 
 Names and meanings are its own, so are the defaults: 2 groups of 8 parallel units (its help says 4, but it makes 8). It
 checked nothing; here a geometry that cannot be is refused.
@@ -7,7 +7,18 @@ checked nothing; here a geometry that cannot be is refused.
 from __future__ import annotations
 
 from ocssd_daemon.cli.reference_options import (
-    Line, Result, Rule, Translation, any_text, apply, number, parse, ranged, refused, size_to, to,
+    Line,
+    Result,
+    Rule,
+    Translation,
+    any_text,
+    apply,
+    number,
+    parse,
+    ranged,
+    refused,
+    size_to,
+    to,
 )
 
 SOURCE = "--qemu-img"

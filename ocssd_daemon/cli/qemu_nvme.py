@@ -13,8 +13,22 @@ from typing import Any
 
 from ocssd_daemon.cli.qemu_img import mccap
 from ocssd_daemon.cli.reference_options import (
-    Line, Result, Rule, Translation, any_text, apply, number, only, parse, ranged, refused, switch, switch_to, text_to,
-    to, unless,
+    Line,
+    Result,
+    Rule,
+    Translation,
+    any_text,
+    apply,
+    number,
+    only,
+    parse,
+    ranged,
+    refused,
+    switch,
+    switch_to,
+    text_to,
+    to,
+    unless,
 )
 from ocssd_daemon.nand.geometry import Geometry
 from ocssd_daemon.settings import SettingsError
@@ -30,6 +44,9 @@ class Backing:
 
     size_bytes: int = 0
     geometry: Geometry | None = None
+
+
+NO_FILE = Backing()
 
 
 # Rules of single options.
@@ -230,7 +247,7 @@ OPTIONS: dict[str, Rule] = {**COMMON, **OCSSD_12, **OCSSD_20, **REWRITE}
 # The line as a whole.
 
 
-def translate(text: str, backing: Backing = Backing()) -> Translation:
+def translate(text: str, backing: Backing = NO_FILE) -> Translation:
     """Settings for a line such as ``serial=deadbeef,lver=1,lnum_lun=4``, over *backing*. Raises SettingsError."""
     words = text
     for device in ("nvme,", "ocssd,", "ocssd-ns,"):

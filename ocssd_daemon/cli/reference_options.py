@@ -1,6 +1,6 @@
 """Owns what an option of the reference emulator becomes: settings, a note that it means nothing here, or a refusal.
 
-An option table maps each name to a :class:`Rule`, a function of the option's name, its text and all options of the line.
+An option table maps each name to a :class:`Rule`, a function of the option's name, its text and the whole line.
 ``qemu_nvme`` and ``qemu_img`` are the two tables.
 """
 

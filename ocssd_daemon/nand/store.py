@@ -223,7 +223,8 @@ def _read_superblock(fd: int, path: str) -> tuple[int, Superblock] | None:
         return newest
     if head.startswith(REFERENCE_MAGIC):
         raise StoreError(
-            f"{path}: is an image of the reference emulator; it is left alone (make one of ours: ocssd import {path} NEW)"
+            f"{path}: is an image of the reference emulator; it is left alone "
+            f"(make one of ours: ocssd import {path} NEW)"
         )
     if any(head) or _has_content(fd):
         raise StoreError(

@@ -5,19 +5,22 @@ cannot be; only then are guest addresses looked at. NVM Express Base 1.3 section
 Units: LBAs of the namespace, bytes for lengths.
 """
 
-from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport realloc
 from libc.string cimport memcmp, memset
 
 from ocssd_daemon.native.disk cimport (
     DISK_FUA, DISK_UNMAP, cursor_skip, cursor_t, disk_discard, disk_extent, disk_flush, disk_read, disk_t, disk_write,
-    disk_write_zeroes, gather,
+    disk_write_zeroes,
 )
-from ocssd_daemon.native.media cimport CHUNK_OFFLINE, MEDIA_CHUNK_CLOSED_EARLY, MEDIA_INVALID_RESET, media_begin, media_done_ns, media_t
+from ocssd_daemon.native.gc cimport ftl_read_fails
+from ocssd_daemon.native.media cimport (
+    CHUNK_OFFLINE, MEDIA_CHUNK_CLOSED_EARLY, MEDIA_INVALID_RESET, media_begin, media_done_ns, media_t, media_troubled,
+)
 from ocssd_daemon.native.nvme_dptr cimport dptr_walk, guest_copy_in, guest_copy_out, pieces_t
 from ocssd_daemon.native.nvme_flash cimport (
     FIELD_CHUNK, KIND_BLOCK, KIND_OCSSD12, KIND_OCSSD20, VECTOR_MAX,
-    address_of, flash_copy, flash_locate, flash_ns_t, flash_read, flash_req_t, flash_reset, flash_reset_range, flash_write,
+    address_of, flash_copy, flash_locate, flash_ns_t, flash_read, flash_req_t, flash_reset, flash_write,
 )
 from ocssd_daemon.native.nvme_wire cimport (
     IO_COMPARE, IO_DSM, IO_FLUSH, IO_READ, IO_VECTOR_COPY, IO_VECTOR_READ, IO_VECTOR_RESET, IO_VECTOR_WRITE, IO_VERIFY,
@@ -47,7 +50,6 @@ cdef enum:
     CONTROL_PRACT = 1 << 29
     CONTROL_FUA = 1 << 30
     DSM_DEALLOCATE = 1 << 2
-    DISCARD_SHIFT = 4           # discarding costs a sixteenth of moving the same bytes
     COMPARE_BYTES = 65536       # of the disk that COMPARE holds against the host's data at a time
     DESCRIPTOR_BYTES = 32
 
@@ -67,6 +69,8 @@ ctypedef struct io_t:           # one command on its way
     uint64_t oob_bytes
     uint64_t oob_address
     bint vector                 # `list` holds the addresses
+    bint last                   # piece of the command, or all of it
+    bint parked                 # goes on in pieces (nvme_long.pxd)
     uint64_t list[VECTOR_MAX]
     uint64_t result
     uint64_t due_ns
@@ -238,8 +242,12 @@ cdef inline bint all_written(disk_t *d, uint64_t offset, uint64_t bytes) noexcep
     return True
 
 
+cdef inline uint64_t disk_offset(const io_t *io) noexcept nogil:
+    return io.ns.disk_base_bytes + (io.first << io.ns.lba_shift)
+
+
 cdef inline int block_read(io_t *io) noexcept nogil:
-    cdef uint64_t offset = io.first << io.ns.lba_shift
+    cdef uint64_t offset = disk_offset(io)
     cdef int failed
     if io.ns.disk_dulbe and not all_written(io.ns.disk, offset, io.data_bytes):
         return 0x287
@@ -250,15 +258,16 @@ cdef inline int block_read(io_t *io) noexcept nogil:
 
 cdef inline int block_write(io_t *io) noexcept nogil:
     cdef int flags = DISK_FUA if io.s.cdw12 & CONTROL_FUA or io.q.write_through else 0
-    cdef int failed = disk_write(io.ns.disk, io.first << io.ns.lba_shift, io.q.pieces.iov, io.q.pieces.count,
+    cdef int failed = disk_write(io.ns.disk, disk_offset(io), io.q.pieces.iov, io.q.pieces.count,
                                  io.data_bytes, flags)
     io.due_ns = io.ns.disk.done_at_ns
     return disk_status(failed, True)
 
 
 cdef inline int block_zeroes(io_t *io) noexcept nogil:
-    cdef int failed = disk_write_zeroes(io.ns.disk, io.first << io.ns.lba_shift, <uint64_t>io.n << io.ns.lba_shift,
-                                        DISK_UNMAP | (DISK_FUA if io.s.cdw12 & CONTROL_FUA else 0))
+    cdef bint durable = io.last and (io.s.cdw12 & CONTROL_FUA or io.q.write_through)
+    cdef int failed = disk_write_zeroes(io.ns.disk, disk_offset(io), <uint64_t>io.n << io.ns.lba_shift,
+                                        DISK_UNMAP | (DISK_FUA if durable else 0))
     io.due_ns = io.ns.disk.done_at_ns
     return disk_status(failed, True)
 
@@ -277,7 +286,7 @@ cdef inline bint same_bytes(cursor_t *c, const char *expected, uint64_t n) noexc
 
 
 cdef inline int block_compare(io_t *io) noexcept nogil:
-    cdef uint64_t offset = io.first << io.ns.lba_shift, left = io.data_bytes, n
+    cdef uint64_t offset = disk_offset(io), left = io.data_bytes, n
     cdef iovec scratch
     cdef cursor_t c
     cdef int failed
@@ -297,14 +306,23 @@ cdef inline int block_compare(io_t *io) noexcept nogil:
     return NVME_OK
 
 
-cdef inline int block_discard(io_t *io, const dsm_range_t *r, uint64_t *left) noexcept nogil:
-    if r.nlb > io.ns.size_lbas or r.slba > io.ns.size_lbas - r.nlb:
-        return NVME_LBA_RANGE
-    if r.nlb > left[0]:
+cdef inline int block_discard(io_t *io) noexcept nogil:
+    return disk_status(disk_discard(io.ns.disk, disk_offset(io), <uint64_t>io.n << io.ns.lba_shift), True)
+
+
+cdef inline int block_verify(io_t *io) noexcept nogil:
+    """Can each sector be recovered? Nothing is moved."""
+    cdef disk_t *d = io.ns.disk
+    cdef uint64_t offset = disk_offset(io), end = offset + (<uint64_t>io.n << io.ns.lba_shift), sector
+    if io.ns.disk_dulbe and not all_written(d, offset, end - offset):
+        return 0x287
+    if not media_troubled(d.ftl.media):
         return NVME_OK
-    left[0] -= r.nlb
-    io.q.turn_bytes -= <int64_t>((<uint64_t>r.nlb << io.ns.lba_shift) >> DISCARD_SHIFT)
-    return disk_status(disk_discard(io.ns.disk, r.slba << io.ns.lba_shift, <uint64_t>r.nlb << io.ns.lba_shift), True)
+    media_begin(d.ftl.media)
+    for sector in range(offset >> d.sector_shift, (end + d.sector_bytes - 1) >> d.sector_shift):
+        if ftl_read_fails(d.ftl, <uint32_t>sector):
+            return 0x281
+    return NVME_OK
 
 
 # --- chunk notifications ------------------------------------------------------------------------------------------
@@ -339,24 +357,24 @@ cdef inline uint32_t mean_wear(const media_t *m) noexcept nogil:
     return <uint32_t>(total // m.geometry.total_chunks)
 
 
-cdef inline void note_wear(io_t *io, uint64_t address) noexcept nogil:
+cdef inline void note_wear(io_t *io, uint64_t address, uint32_t mean) noexcept nogil:
     """Has this reset taken the chunk out of mean ± threshold? Spec: 2.0 geometry, WIT."""
-    cdef uint32_t chunk = 0, sector = 0, mean
+    cdef uint32_t chunk = 0, sector = 0
     if io.q.wear_threshold == 0 or not flash_locate(&io.ns.flash, address, &chunk, &sector):
         return
-    mean = mean_wear(io.ns.flash.media)
     if io.ns.flash.media.chunks[chunk].wear_index > mean + io.q.wear_threshold:
         notify(io, address, NOTICE_WEAR)
 
 
 cdef inline void note_resets(io_t *io, const flash_req_t *r) noexcept nogil:
-    """Wear of the chunks that were reset, and the first one that a failing reset took offline."""
-    cdef uint32_t i, chunk = 0, sector = 0
+    """Wear of the chunks that were reset, and those that a failing reset took offline."""
+    cdef uint32_t i, chunk = 0, sector = 0, mean
     if io.ns.kind != KIND_OCSSD20:
         return
+    mean = mean_wear(io.ns.flash.media) if io.q.wear_threshold else 0
     for i in range(r.n):
         if not r.failed >> i & 1:
-            note_wear(io, address_of(r, i))
+            note_wear(io, address_of(r, i), mean)
         elif (flash_locate(&io.ns.flash, address_of(r, i), &chunk, &sector) and r.status == MEDIA_INVALID_RESET
                 and io.ns.flash.media.chunks[chunk].state == CHUNK_OFFLINE):
             notify(io, address_of(r, i), NOTICE_UNRECOVERABLE)
@@ -439,6 +457,7 @@ cdef inline int raw_verify(io_t *io) noexcept nogil:
     cdef flash_req_t r
     flash_request(io, &r, False)
     flash_read(&r)
+    note_reads(io, &r)
     return flash_done(io, &r)
 
 
@@ -518,44 +537,8 @@ cdef inline int run_write(io_t *io) noexcept nogil:
     return block_write(io) if io.ns.kind == KIND_BLOCK else raw_write(io)
 
 
-cdef inline int run_zeroes(io_t *io) noexcept nogil:
-    io.q.turn_bytes -= <int64_t>(<uint64_t>io.n << io.ns.lba_shift)
-    return block_zeroes(io) if io.ns.kind == KIND_BLOCK else raw_zeroes(io)
-
-
 cdef inline int run_compare(io_t *io) noexcept nogil:
     return block_compare(io) if io.ns.kind == KIND_BLOCK else raw_compare(io)
-
-
-cdef inline int run_verify(io_t *io) noexcept nogil:
-    if io.ns.kind != KIND_BLOCK:
-        return raw_verify(io)
-    if io.ns.disk_dulbe and not all_written(io.ns.disk, io.first << io.ns.lba_shift, <uint64_t>io.n << io.ns.lba_shift):
-        return 0x287
-    return NVME_OK
-
-
-cdef inline int run_dsm(io_t *io) noexcept nogil:
-    """Ranges in order until one fails; what was done before stays done.
-
-    Deallocation is a wish: ranges that sum up to more than the namespace overlap, and are not gone over again.
-    """
-    cdef dsm_range_t ranges[256]
-    cdef uint64_t left = io.ns.size_lbas
-    cdef cursor_t c
-    cdef uint32_t i
-    cdef int status
-    c.iov = io.q.pieces.iov
-    c.used = 0
-    gather(&c, <char *>ranges, io.data_bytes)
-    for i in range(io.n):
-        if io.ns.kind == KIND_BLOCK:
-            status = block_discard(io, &ranges[i], &left)
-        else:
-            status = flash_reset_range(&io.ns.flash, ranges[i].slba, ranges[i].nlb)
-        if status != NVME_OK:
-            return status
-    return NVME_OK
 
 
 # --- the table and its interpreter --------------------------------------------------------------------------------

@@ -29,6 +29,8 @@ cdef extern from *:
         uint8_t flags
         uint16_t cid
         uint32_t nsid
+        uint32_t cdw2
+        uint32_t cdw3
         uint64_t mptr
         uint64_t prp1
         uint64_t prp2
@@ -89,6 +91,7 @@ cdef enum:                      # statuses (SCT << 8 | SC); the media's own are 
     NVME_SGL_TYPE = 0x011
     NVME_PRP_OFFSET = 0x013
     NVME_LBA_RANGE = 0x080
+    NVME_NOT_READY = 0x082
     NVME_WRITE_FAILED_12 = 0x0ff
     NVME_READ_ONLY = 0x182
     NVME_COMPARE_FAILURE = 0x285

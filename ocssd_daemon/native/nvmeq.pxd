@@ -17,6 +17,7 @@ from ocssd_daemon.native.disk cimport disk_t
 from ocssd_daemon.native.gmem cimport gmem_at, gmem_at_write, gmem_t
 from ocssd_daemon.native.nvme_dptr cimport guest_copy_in, guest_copy_out, pieces_t
 from ocssd_daemon.native.nvme_flash cimport flash_ns_t
+from ocssd_daemon.native.nvme_job cimport jobs_t
 from ocssd_daemon.native.nvme_wire cimport (
     IO_COMPARE, IO_WRITE, NVME_FAILED_FUSED, NVME_INVALID_FIELD, NVME_MISSING_FUSED, NVME_OK,
     cqe_t, nvme_status_field, sqe_nlb, sqe_slba, sqe_t,
@@ -72,6 +73,7 @@ ctypedef struct namespace_t:
     uint32_t lba_shift
     bint read_only
     disk_t *disk                # KIND_BLOCK
+    uint64_t disk_base_bytes    # where the namespace begins on it
     bint disk_dulbe
     flash_ns_t flash            # the raw kinds
 
@@ -103,6 +105,7 @@ ctypedef struct nvme_counters_t:
     uint64_t interrupts
 
 ctypedef struct outcome_t:      # how a command ended
+    bint parked                 # it has not: it goes on in pieces (nvme_long.pxd), which complete it
     int status
     uint64_t result             # DW0 and DW1
     uint64_t due_ns             # 0: now
@@ -152,6 +155,8 @@ ctypedef struct nvmeq_t:
     uint32_t wear_threshold
     nvme_counters_t counters
     outcome_t (*execute)(nvmeq_t *self, const sqe_t *s) noexcept nogil
+    uint32_t running            # submission queue of the command in progress
+    jobs_t jobs                 # commands that go on in pieces
 
 
 # --- doorbells ----------------------------------------------------------------------------------------------------
@@ -323,6 +328,8 @@ cdef inline void log_error(nvmeq_t *self, uint32_t sqid, const sqe_t *s, int sta
 cdef inline void finish(nvmeq_t *self, uint32_t sqid, const sqe_t *s, const outcome_t *o) noexcept nogil:
     """Complete now, or when the flash would have been done."""
     cdef uint32_t cqid = self.sq[sqid].cqid
+    if o.parked:
+        return
     if o.status != NVME_OK:
         log_error(self, sqid, s, o.status)
     if o.due_ns == 0 or self.by_message:
@@ -366,6 +373,7 @@ cdef inline bint sq_fetch(nvmeq_t *self, uint32_t qid, sqe_t *s) noexcept nogil:
 
 cdef inline outcome_t outcome_of(int status) noexcept nogil:
     cdef outcome_t o
+    o.parked = False
     o.status = status
     o.result = 0
     o.due_ns = 0
@@ -409,6 +417,7 @@ cdef inline int run_one(nvmeq_t *self, uint32_t qid, uint32_t tail) noexcept nog
     if not sq_fetch(self, qid, &s):
         return 0
     self.counters.requests += 1
+    self.running = qid
     fuse = s.flags & 3
     if fuse == FUSE_FIRST:
         return run_fused(self, qid, &s, tail)

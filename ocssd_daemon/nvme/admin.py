@@ -150,7 +150,11 @@ def _async_event(controller: Controller, command: Container, _data: bytes) -> An
 
 
 def _format(controller: Controller, command: Container, _data: bytes) -> Answer:
-    """Only the one format that there is; the data are gone afterwards (5.23)."""
+    """Only the one format that there is; the data are gone afterwards (5.23).
+
+    On flash every chunk that holds something is reset, whatever its state; wear goes up by one. Cryptographic erase (2)
+    is not offered.
+    """
     body = commands.FormatNvm.parse(command.dwords)
     if body.lbaf or body.extended or body.protection:
         return fail(Status.FORMAT_INVALID)
@@ -159,6 +163,8 @@ def _format(controller: Controller, command: Container, _data: bytes) -> Answer:
     named = sorted(controller.namespaces) if command.nsid == BROADCAST_NSID else [command.nsid]
     if any(nsid not in controller.namespaces for nsid in named):
         return fail(Status.INVALID_NAMESPACE)
+    if any(controller.namespaces[nsid].read_only for nsid in named):
+        return fail(Status.WRITE_PROTECTED)
     statuses = [controller.queues.format(nsid) for nsid in named]
     return fail(max(statuses))
 

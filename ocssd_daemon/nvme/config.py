@@ -5,7 +5,9 @@ NVM Express Base 1.3, 3.1 (CAP) and 5.15 (Identify). Times are in the units of t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from .lifetime import Lifetime
 
 PAGE_BYTES = 4096               # CAP.MPSMIN 0; MDTS counts in this unit
 
@@ -33,6 +35,7 @@ class ControllerConfig:
     coalesce_commands: int = 0  # 0's based, feature 08h at first
     coalesce_100us: int = 0
     shadow_doorbells: bool = True
+    lifetime: Lifetime = field(default_factory=Lifetime, compare=False)
 
     @property
     def max_transfer_bytes(self) -> int:

@@ -20,6 +20,7 @@ from ..protocol.nvme.status import Status
 from .admin import ADMIN, NOTHING, RAW_ONLY, Source
 from .answers import Answer, fail
 from .config import ControllerConfig
+from .features import reset_features
 from .namespaces import KIND_OCSSD20, BlockNamespace, Namespace, RawNamespace
 from .ports import QueueShape
 from .registers import Registers
@@ -46,6 +47,7 @@ class Controller:
         self.config = config
         self.namespaces = {namespace.nsid: namespace for namespace in namespaces}
         self.queues = queues
+        config.lifetime.attach(queues)
         self.foreign_pus = foreign_pus or (lambda: no_foreign_pus(namespaces))
         self.flash_times_ns = flash_times_ns
         self.wear_threshold = wear_threshold
@@ -90,6 +92,7 @@ class Controller:
     def _enable(self, sq: QueueShape, cq: QueueShape, page_bytes: int) -> bool:
         self.page_bytes = page_bytes
         self.queues.set_page_bytes(page_bytes)
+        reset_features(self)
         return bool(self.queues.create_cq(cq, 0, True) and self.queues.create_sq(sq, 0))
 
     def _disable(self) -> None:
@@ -102,8 +105,7 @@ class Controller:
     def bus_reset(self) -> None:
         """PCI function-level reset: everything but the flash starts anew."""
         self.registers.reset()
-        self.feature_values.clear()
-        self.feature_data.clear()
+        reset_features(self, all_of_them=True)
 
     def _forget(self) -> None:
         self.sqs: dict[int, int] = {}               # SQ id → CQ id

@@ -2,7 +2,9 @@
 change does.
 
 Every feature is one row of ``FEATURES``. None is saveable, so SV is refused by name and the saved values
-(SEL = 2) are the defaults. Values last until the controller is reset by the bus.
+(SEL = 2) are the defaults. A controller reset brings the defaults back, except for the features that the
+specification calls persistent (figure 109: LBA Range Type, Software Progress Marker); those last until a
+reset by the bus.
 """
 
 from __future__ import annotations
@@ -25,7 +27,13 @@ if TYPE_CHECKING:
     from .controller import Controller
 
 TEMPERATURE_KELVIN = 300
+WARNING_KELVIN = 343
+SMART_WARNING_BITS = 0x1F               # of the critical warning: what AEC enables one by one
 _SMART_TEMPERATURE = 1
+_TEMPERATURE_WARNING = 1 << 1
+_ALL_SENSORS = 0xF
+_COMPOSITE = 0
+COALESCING_UNIT_NS = 100_000
 
 
 @dataclass(frozen=True)
@@ -33,13 +41,15 @@ class Row:
     """``bits`` are the ones of CDW11 that are kept; any other set bit is an invalid field."""
 
     bits: int = 0xFFFF_FFFF
-    default: Callable[[Any], int] = lambda controller: 0
+    default: Callable[[Any, int], int] = lambda controller, cdw11: 0
     changed: Callable[[Any, int, int], Answer] = lambda controller, nsid, value: OK
     scope: int = 0                      # NAMESPACE_SPECIFIC or 0
     data_bytes: int = 0                 # of a data buffer that goes with it
+    persistent: bool = False            # over a controller reset
+    there: Callable[[Any], bool] = lambda controller: True
 
 
-def _queues_default(controller: Controller) -> int:
+def _queues_default(controller: Controller, _cdw11: int = 0) -> int:
     return (controller.config.queue_pairs - 1) * 0x10001
 
 
@@ -56,11 +66,35 @@ def _power(_controller: Controller, _nsid: int, value: int) -> Answer:
     return fail(Status.INVALID_FIELD) if value & 0x1F else OK
 
 
+def _threshold_default(_controller: Controller, cdw11: int) -> int:
+    """None below (THSEL 1), the warning temperature above."""
+    return 0 if cdw11 >> 20 & 3 else WARNING_KELVIN
+
+
 def _temperature(controller: Controller, _nsid: int, value: int) -> Answer:
-    threshold, under = value & 0xFFFF, value >> 20 & 3
-    crossed = threshold >= TEMPERATURE_KELVIN if under else threshold <= TEMPERATURE_KELVIN
-    if crossed:
+    """There is one sensor, the composite one (5.21.1.4)."""
+    if value >> 16 & 0xF not in (_COMPOSITE, _ALL_SENSORS) or value >> 20 & 3 > 1:
+        return fail(Status.INVALID_FIELD)
+    if crossed(value & 0xFFFF, under=bool(value >> 20 & 3)) and async_events(controller) & _TEMPERATURE_WARNING:
         controller.raise_event(EventType.SMART, _SMART_TEMPERATURE, Log.SMART)
+    return OK
+
+
+def crossed(threshold: int, *, under: bool) -> bool:
+    """Is the temperature beyond *threshold*?"""
+    return threshold >= TEMPERATURE_KELVIN if under else threshold <= TEMPERATURE_KELVIN
+
+
+def async_events(controller: Controller) -> int:
+    """Which events the host wants (feature 0Bh)."""
+    return value_of(controller, Feature.ASYNC_EVENTS)
+
+
+def _write_cache(controller: Controller, _nsid: int, value: int) -> Answer:
+    """Switched off, what the cache holds is written at once, and every write as it comes (5.21.1.6)."""
+    controller.queues.set_write_cache(bool(value & 1))
+    if not value & 1:
+        controller.queues.flush()
     return OK
 
 
@@ -75,8 +109,12 @@ def _feedback(controller: Controller, nsid: int, value: int) -> Answer:
 
 
 def _coalescing(controller: Controller, _nsid: int, value: int) -> Answer:
-    controller.queues.set_coalescing(value & 0xFF, (value >> 8 & 0xFF) * 100_000)
+    controller.queues.set_coalescing(value & 0xFF, (value >> 8 & 0xFF) * COALESCING_UNIT_NS)
     return OK
+
+
+def _coalescing_default(controller: Controller, _cdw11: int) -> int:
+    return int(controller.config.coalesce_commands | controller.config.coalesce_100us << 8)
 
 
 def _vector(controller: Controller, _nsid: int, value: int) -> Answer:
@@ -86,20 +124,21 @@ def _vector(controller: Controller, _nsid: int, value: int) -> Answer:
     return OK
 
 
-
 FEATURES: dict[int, Row] = {
     Feature.ARBITRATION: Row(bits=0xFFFF_FF07),
     Feature.POWER_MANAGEMENT: Row(bits=0xFF, changed=_power),
-    Feature.LBA_RANGE_TYPE: Row(bits=0x3F, scope=NAMESPACE_SPECIFIC, data_bytes=layout.LBA_RANGE_TABLE_BYTES),
-    Feature.TEMPERATURE_THRESHOLD: Row(bits=0x3F_FFFF, default=lambda c: 343, changed=_temperature),
+    Feature.LBA_RANGE_TYPE: Row(bits=0x3F, scope=NAMESPACE_SPECIFIC, data_bytes=layout.LBA_RANGE_TABLE_BYTES,
+                                persistent=True),
+    Feature.TEMPERATURE_THRESHOLD: Row(bits=0x3F_FFFF, default=_threshold_default, changed=_temperature),
     Feature.ERROR_RECOVERY: Row(bits=0x1_FFFF, changed=_dulbe, scope=NAMESPACE_SPECIFIC),
-    Feature.VOLATILE_WRITE_CACHE: Row(bits=1, default=lambda c: int(c.config.write_cache)),
+    Feature.VOLATILE_WRITE_CACHE: Row(bits=1, default=lambda c, _: 1, changed=_write_cache,
+                                      there=lambda c: bool(c.config.write_cache)),
     Feature.NUMBER_OF_QUEUES: Row(default=_queues_default, changed=_queues),
-    Feature.INTERRUPT_COALESCING: Row(bits=0xFFFF, changed=_coalescing),
-    Feature.INTERRUPT_VECTOR: Row(bits=0x1_FFFF, changed=_vector),
+    Feature.INTERRUPT_COALESCING: Row(bits=0xFFFF, default=_coalescing_default, changed=_coalescing),
+    Feature.INTERRUPT_VECTOR: Row(bits=0x1_FFFF, default=lambda c, cdw11: cdw11 & 0xFFFF, changed=_vector),
     Feature.WRITE_ATOMICITY: Row(bits=1),
-    Feature.ASYNC_EVENTS: Row(),
-    Feature.SOFTWARE_PROGRESS: Row(bits=0xFF),
+    Feature.ASYNC_EVENTS: Row(default=lambda c, _: SMART_WARNING_BITS),
+    Feature.SOFTWARE_PROGRESS: Row(bits=0xFF, persistent=True),
     Feature.MEDIA_FEEDBACK: Row(bits=3, changed=_feedback, scope=NAMESPACE_SPECIFIC),
 }
 
@@ -119,13 +158,20 @@ def _targets(controller: Controller, row: Row, nsid: int) -> list[int] | None:
     return [nsid] if nsid in controller.namespaces else None
 
 
+def _row(controller: Controller, fid: int) -> Row | None:
+    row = FEATURES.get(fid)
+    return row if row is not None and row.there(controller) else None
+
+
 def get_features(controller: Controller, command: Container) -> Answer:
     body = commands.GetFeatures.parse(command.dwords)
-    row = FEATURES.get(body.fid)
+    row = _row(controller, body.fid)
     if row is None or body.select > Select.CAPABILITIES:
         return fail(Status.INVALID_FIELD)
     if body.select == Select.CAPABILITIES:
         return Answer(dw0=row.scope | CHANGEABLE)
+    if body.fid == Feature.INTERRUPT_VECTOR and body.cdw11 & 0xFFFF >= controller.config.vectors:
+        return fail(Status.INVALID_FIELD)
     targets = _targets(controller, row, command.nsid)
     if not targets or (row.scope and command.nsid == BROADCAST_NSID):
         return fail(Status.INVALID_NAMESPACE)
@@ -133,7 +179,7 @@ def get_features(controller: Controller, command: Container) -> Answer:
 
 
 def _value(controller: Controller, row: Row, body: Container, nsid: int) -> Answer:
-    default = row.default(controller)
+    default = row.default(controller, body.cdw11)
     if body.select != Select.CURRENT:
         return Answer(dw0=default, data=bytes(row.data_bytes))
     if body.fid == Feature.NUMBER_OF_QUEUES:
@@ -143,17 +189,20 @@ def _value(controller: Controller, row: Row, body: Container, nsid: int) -> Answ
                   data=controller.feature_data.get(key, bytes(row.data_bytes)))
 
 
+def value_of(controller: Controller, fid: int, cdw11: int = 0) -> int:
+    """The current value of a feature of the controller as a whole."""
+    return controller.feature_values.get(_key(fid, 0, cdw11), FEATURES[fid].default(controller, cdw11))
+
+
 def _key(fid: int, nsid: int, cdw11: int) -> tuple[int, int, int]:
-    """Values of one feature that exist several times: per vector, and per temperature sensor and
-    direction.
-    """
-    selector = {Feature.INTERRUPT_VECTOR: cdw11 & 0xFFFF, Feature.TEMPERATURE_THRESHOLD: cdw11 >> 16 & 0x3F}
+    """Values of one feature that exist several times: per vector, and per temperature direction."""
+    selector = {Feature.INTERRUPT_VECTOR: cdw11 & 0xFFFF, Feature.TEMPERATURE_THRESHOLD: cdw11 >> 20 & 3}
     return fid, nsid, selector.get(Feature(fid), 0)
 
 
 def set_features(controller: Controller, command: Container, data: bytes) -> Answer:
     body = commands.SetFeatures.parse(command.dwords)
-    row = FEATURES.get(body.fid)
+    row = _row(controller, body.fid)
     if row is None:
         return fail(Status.INVALID_FIELD)
     if body.save:
@@ -177,3 +226,17 @@ def _assign(controller: Controller, row: Row, body: Container, targets: list[int
         if row.data_bytes:
             controller.feature_data[key] = data
     return answer
+
+
+def reset_features(controller: Controller, *, all_of_them: bool = False) -> None:
+    """Defaults again, in the queues too."""
+    kept = set() if all_of_them else {fid for fid, row in FEATURES.items() if row.persistent}
+    for values in (controller.feature_values, controller.feature_data):
+        for key in [key for key in values if key[0] not in kept]:
+            del values[key]
+    queues, config = controller.queues, controller.config
+    queues.set_write_cache(config.write_cache)
+    queues.set_coalescing(config.coalesce_commands, config.coalesce_100us * COALESCING_UNIT_NS)
+    for nsid in controller.namespaces:
+        queues.set_dulbe(nsid, False)
+        queues.set_media_feedback(nsid, False)

@@ -16,6 +16,7 @@ from ..protocol.nvme.commands import BROADCAST_NSID, AdminOpcode, IdentifyComman
 from ..protocol.nvme.identify import Cns, DescriptorType
 from ..protocol.nvme.status import Status
 from .answers import Answer, fail, to_host
+from .features import WARNING_KELVIN
 from .registers import VERSION_1_3
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 # bit buckets too; the metadata pointer may be an SGL (bit 19)
 SGLS_DWORD_ALIGNED = 2 << 0 | 1 << 16 | 1 << 19
 LPA_EFFECTS, LPA_EXTENDED = 1 << 1, 1 << 2          # log offset and 32-bit length
-WARNING_KELVIN, CRITICAL_KELVIN = 343, 353
+CRITICAL_KELVIN = 353
 CNTRLTYPE_IO = 1
 FUSED_COMPARE_WRITE = 1 << 0
 VWC_PRESENT = 1 << 0

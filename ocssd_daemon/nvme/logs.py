@@ -18,14 +18,13 @@ from ..protocol.nvme import logs as layout
 from ..protocol.nvme.logs import Log
 from ..protocol.nvme.status import Status, status_field
 from .answers import Answer, fail, to_host
-from .features import TEMPERATURE_KELVIN
 from .namespaces import KIND_OCSSD20, RawNamespace
 from .raw20 import chunk_log
+from .smart import smart_log
 
 if TYPE_CHECKING:
     from .controller import Controller
 
-DATA_UNIT_BYTES = 512 * 1000
 CONTENT_COMMANDS = frozenset({0x01, 0x08, 0x09, 0x90, 0x91, 0x93})
 
 
@@ -39,15 +38,7 @@ def _error(controller: Controller, _nsid: int) -> bytes:
 
 
 def _smart(controller: Controller, _nsid: int) -> bytes:
-    zero = layout.SmartLog.parse(bytes(512))
-    counted = controller.queues.counters()
-    return layout.SmartLog.build({
-        **zero, "temperature": TEMPERATURE_KELVIN, "available_spare": 100, "spare_threshold": 10,
-        "data_units_read": -(-counted["bytes_read"] // DATA_UNIT_BYTES),
-        "data_units_written": -(-counted["bytes_written"] // DATA_UNIT_BYTES),
-        "host_reads": counted["reads"], "host_writes": counted["writes"], "power_cycles": 1,
-        "media_errors": counted["media_errors"], "error_entries": counted["errors"],
-    })
+    return smart_log(controller)
 
 
 def _firmware(controller: Controller, _nsid: int) -> bytes:

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..protocol.nvme import identify
-from ..protocol.nvme.features import DULBE
 
 KIND_BLOCK, KIND_OCSSD20, KIND_OCSSD12 = 1, 2, 3
 KINDS = {"block": KIND_BLOCK, "ocssd20": KIND_OCSSD20, "ocssd12": KIND_OCSSD12}
@@ -60,7 +59,6 @@ class Namespace:
     metadata_bytes: int = 0
     read_only: bool = False
     identity: uuid.UUID = field(default_factory=lambda: uuid.UUID(int=0))
-    features: dict[int, int] = field(default_factory=dict)
 
     kind = 0
     lightnvm = False
@@ -79,16 +77,14 @@ class Namespace:
             "nguid": self.identity.bytes, "vs0": int(self.lightnvm),
         }
 
-    @property
-    def dulbe(self) -> bool:
-        return bool(self.features.get(0x05, 0) & DULBE)
-
 
 @dataclass
 class BlockNamespace(Namespace):
-    """The host FTL's disk."""
+    """The host FTL's disk, or a part of it: ``size_lbas`` blocks from ``base_lbas`` on."""
 
     disk: Any = None
+    media: Any = None               # the flash behind it
+    base_lbas: int = 0
     preferred_lbas: int = 1         # write granularity that needs no read-modify-write
 
     kind = KIND_BLOCK

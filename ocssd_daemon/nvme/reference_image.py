@@ -269,7 +269,7 @@ class ReferenceImage:
             _copy(self._fd, source + within * width, store.fd, target + span.first * width, count * width)
 
     def _reserve_open(self, store: Store, table: NDArray[Any]) -> None:
-        """An open chunk has all its room on the host's disk, as if it had been opened here (media.pxd, store_reserve)."""
+        """An open chunk has all its room on the host's disk, as if opened here (media.pxd, store_reserve)."""
         g = self.geometry
         for index in np.flatnonzero(table["state"] == ChunkState.OPEN).tolist():
             for region, width in ((store.layout.data, g.sector_bytes), (store.layout.oob, g.oob_bytes)):
@@ -280,11 +280,13 @@ class ReferenceImage:
     def _set_chunks(self, store: Store, table: NDArray[Any]) -> None:
         """Wear is carried over as the emulator counts it: one per reset, modulo 256."""
         state, random = table["state"], (table["type"] & ChunkType.RANDOM) != 0
-        wp = np.where(random, np.uint32(self.geometry.sectors), table["wp"].astype(np.uint32))       # a random chunk may be read as a whole
+        # A random chunk may be read as a whole.
+        wp = np.where(random, np.uint32(self.geometry.sectors), table["wp"].astype(np.uint32))
         for name in ("type", "wear_index", "state"):
             store.chunks[name] = table[name]
         store.chunks["pe_cycles"] = table["wear_index"]
-        store.chunks["wp"] = np.select([state == ChunkState.OFFLINE, state == ChunkState.FREE], [np.uint32(NO_WP), np.uint32(0)], wp)
+        special = [state == ChunkState.OFFLINE, state == ChunkState.FREE]
+        store.chunks["wp"] = np.select(special, [np.uint32(NO_WP), np.uint32(0)], wp)
 
 
 def _written(table: NDArray[Any], sectors: int) -> NDArray[np.int64]:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from ocssd_daemon.nand.geometry import Geometry
 
-MAX_VLBA = 64                   # addresses of one command in Linux
-PBLK_OOB_BYTES = 16
-PBLK_OP_PERCENT = 11
+from .pblk_needs import MAX_VLBA, OP_PERCENT, PAGE_BYTES, Shape, needs, order
+from .pblk_needs import OOB_BYTES as PBLK_OOB_BYTES
+
 PBLK_LINES_WANTED = 60
 PBLK_LINES_GOOD = 100
 DRIVER, PBLK, SPDK = "lightnvm driver", "pblk", "SPDK"
@@ -43,7 +43,7 @@ def _unit(g: Geometry, version: str, planes: int) -> int:
 
 
 def _common(g: Geometry, version: str, planes: int, mdts: int) -> Iterator[Problem]:
-    unit, limit = _unit(g, version, planes), (4096 << mdts) // g.sector_bytes if mdts else MAX_VLBA
+    unit, limit = _unit(g, version, planes), (PAGE_BYTES << mdts) // g.sector_bytes if mdts else MAX_VLBA
     if g.groups > 256 or g.pus > 256 or g.chunks > 65536:
         yield Problem(DRIVER, f"{g.groups} groups, {g.pus} PUs, {g.chunks} chunks: at most 256, 256 and 65536")
     if g.sector_bytes != 4096:
@@ -55,23 +55,47 @@ def _common(g: Geometry, version: str, planes: int, mdts: int) -> Iterator[Probl
     yield from _lines(g, version, planes, unit)
 
 
+def _shape(g: Geometry, version: str, planes: int, unit: int) -> Shape:
+    """The device as pblk sees it: a block of 1.2 is as wide as its planes."""
+    mw_cunits = 8 * g.ws_min if version == "ocssd12" else g.mw_cunits
+    return Shape(g.total_pus, g.chunks // planes, g.sectors * planes, unit, mw_cunits, g.sector_bytes, g.oob_bytes)
+
+
 def _lines(g: Geometry, version: str, planes: int, unit: int) -> Iterator[Problem]:
     """What a pblk instance over all PUs needs."""
-    lines, size = g.chunks // planes, g.sectors * planes
-    needed = -(-100 // PBLK_OP_PERCENT)
-    if size % unit:
-        yield Problem(PBLK, f"{size} sectors in a chunk: must be a multiple of the write unit {unit}")
+    s = _shape(g, version, planes, unit)
+    if s.clba % unit:
+        yield Problem(PBLK, f"{s.clba} sectors in a chunk: must be a multiple of the write unit {unit}")
     if g.oob_bytes < PBLK_OOB_BYTES:
-        fatal = unit < 2 or unit * PBLK_OOB_BYTES > 4096
-        yield Problem(PBLK,
-                      f"geometry.oob_bytes = {g.oob_bytes}: below {PBLK_OOB_BYTES} each write unit of {unit} sectors "
-                            "gives one to metadata", fatal)
-    if lines <= needed + 2:
-        yield Problem(PBLK,
-                      f"{lines} chunks per PU: {needed} lines of {PBLK_OP_PERCENT} % over-provisioning, two to write, "
-                            "are needed; smaller devices stop writing (\"no free lines\")")
-    elif lines < PBLK_LINES_WANTED:
-        yield Problem(PBLK, f"{lines} chunks per PU: below {PBLK_LINES_WANTED} its rate limiter has little room; "
+        fatal = unit < 2 or unit * PBLK_OOB_BYTES > PAGE_BYTES
+        yield Problem(PBLK, f"geometry.oob_bytes = {g.oob_bytes}: below {PBLK_OOB_BYTES} each write unit of {unit} "
+                            "sectors gives one to metadata", fatal)
+        if fatal:
+            return
+    yield from _room(s)
+
+
+def _room(s: Shape) -> Iterator[Problem]:
+    """Lines, metadata, spare space, and a rate limiter that can move. One sentence for one cause."""
+    needed = -(-100 // OP_PERCENT)
+    n = needs(s)
+    if n.min_blk_line > s.luns:
+        yield Problem(PBLK, f"{s.luns} PUs of {s.clba} sectors: a line needs {n.min_blk_line} chunks, for "
+                            f"{n.smeta + n.emeta} sectors of metadata and one of data")
+    elif s.lines <= needed + 2:
+        yield Problem(PBLK, f"{s.lines} chunks per PU: {needed} lines of {OP_PERCENT} % over-provisioning, two to "
+                            "write, are needed; smaller devices stop writing (\"no free lines\")")
+    elif n.capacity <= 0:
+        yield Problem(PBLK, f"{s.lines * s.luns} chunks: {n.op_chunks} spare ones and {n.meta_chunks} of metadata "
+                            "leave none for data")
+    elif n.high_chunks <= 0:
+        yield Problem(PBLK, f"{s.lines} chunks per PU: of {n.op_chunks} spare chunks {n.meta_chunks} are metadata and "
+                            f"{s.luns} a line in hand; its rate limiter needs some to be left")
+    elif order(n.high_chunks) < order(n.windows):
+        yield Problem(PBLK, f"a write buffer of {n.buffer} sectors is {n.windows} windows, more than the "
+                            f"{n.high_chunks} chunks that its rate limiter works with; lower mw_cunits, or more chunks")
+    elif s.lines < PBLK_LINES_WANTED:
+        yield Problem(PBLK, f"{s.lines} chunks per PU: below {PBLK_LINES_WANTED} its rate limiter has little room; "
                             f"{PBLK_LINES_GOOD} are good", fatal=False)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from typing import TYPE_CHECKING
 
 import trio
@@ -62,8 +63,8 @@ def _nvme_device(device: Device) -> NvmeDevice:
     with device.reactor.paused():
         _mark_bad_blocks(nvme, namespaces)
     return NvmeDevice(
-        device.reactor, config_of(nvme), namespaces, device.ftl_owns, mapped_doorbells=nvme.doorbells == "mapped",
-        wear_threshold=nvme.wear_threshold,
+        device.reactor, config_of(nvme, time.monotonic), namespaces, device.ftl_owns,
+        mapped_doorbells=nvme.doorbells == "mapped", wear_threshold=nvme.wear_threshold,
     )
 
 

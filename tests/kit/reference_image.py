@@ -62,7 +62,8 @@ class ReferenceWriter:
         return self.sec_size + ns * self.ns_bytes
 
     def _header(self) -> bytes:
-        told = {"magic": ord("L") << 24 | ord("N") << 16 | ord("V") << 8 | ord("M"), "version": 1, "num_ns": self.num_ns,
+        magic = ord("L") << 24 | ord("N") << 16 | ord("V") << 8 | ord("M")
+        told = {"magic": magic, "version": 1, "num_ns": self.num_ns,
                 "sec_size": self.sec_size, "md_size": self.md_size, "ns_size": self.ns_bytes, **self.header}
         return struct.pack("<IIIIQIIQ", told["magic"], told["version"], told["num_ns"], 0, told["sec_size"],
                            told["md_size"], 0, told["ns_size"])

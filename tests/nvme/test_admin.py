@@ -66,7 +66,7 @@ def test_a_feature_keeps_its_value_per_namespace_and_per_vector(host):
     assert features(host, 0x09, 5, 1 << 16, nsid=2).status == 0
     assert [features(host, 0x0A, 5, nsid=n).result for n in (1, 2)] == [0, 1 << 16]
     assert features(host, 0x09, 9, 1 << 16 | 3).status == 0
-    assert [features(host, 0x0A, 9, vector).result for vector in (2, 3)] == [0, 1 << 16 | 3]
+    assert [features(host, 0x0A, 9, vector).result for vector in (2, 3)] == [2, 1 << 16 | 3]
 
 
 @pytest.mark.parametrize(("fid", "value", "status"), [

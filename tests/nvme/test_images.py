@@ -192,7 +192,9 @@ def test_what_the_emulator_lets_overlap_is_said(tmp_path: Path) -> None:
     ({"ws": (0, 8, 24)}, "geometry.ws_min = 0: must be between 1 and 4096; give another with --set geometry.ws_min="),
     ({"ws": (4, 8, 25)}, "geometry.mw_cunits = 25: must be a multiple of ws_min (4)"),
 ])
-def test_an_image_that_cannot_be_is_refused_and_nothing_is_made(tmp_path: Path, shape: dict[str, Any], says: str) -> None:
+def test_an_image_that_cannot_be_is_refused_and_nothing_is_made(
+    tmp_path: Path, shape: dict[str, Any], says: str
+) -> None:
     writer = ReferenceWriter(tmp_path / "src", **shape)
     done = run("import", writer.path, tmp_path / "ours")
     assert (done.exit_code, says in done.output) == (1, True), done.output
@@ -218,7 +220,8 @@ def test_a_chunk_that_cannot_be_is_refused_by_its_place(tmp_path: Path, chunk: d
 
 def test_a_limit_that_is_wrong_can_be_replaced(tmp_path: Path) -> None:
     writer = ReferenceWriter(tmp_path / "src", ws=(0, 8, 25))
-    made = good("import", writer.path, tmp_path / "ours", "--set", "geometry.ws_min=4", "--set", "geometry.mw_cunits=24")
+    made = good("import", writer.path, tmp_path / "ours", "--set", "geometry.ws_min=4",
+                "--set", "geometry.mw_cunits=24")
     assert (made["geometry"]["ws_min"], made["geometry"]["mw_cunits"]) == (4, 24)
     done = run("import", writer.path, tmp_path / "other", "--set", "geometry.pus=4")
     assert (done.exit_code, "an import can replace geometry.ws_min" in done.output) == (2, True)

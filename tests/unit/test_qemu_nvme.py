@@ -12,9 +12,10 @@ from ocssd_daemon.ftl.target import capacity_of
 from ocssd_daemon.nand.geometry import Geometry
 
 GIB = 1 << 30
+NO_FILE = Backing()
 
 
-def settings(line: str, backing: Backing = Backing(), **extra: Any) -> sets.Settings:
+def settings(line: str, backing: Backing = NO_FILE, **extra: Any) -> sets.Settings:
     more = sets.from_assignments([f"{key}={value}" for key, value in extra.items()])
     return sets.build(sets.from_preset("default"), translate(line, backing).layer(), more)
 
@@ -149,8 +150,8 @@ def test_an_option_does_what_it_meant_or_is_named(
 
 def test_a_line_of_the_12_branch_makes_its_device_out_of_a_1_gib_file() -> None:
     """127 blocks per plane, as the emulator counts for this very line: it sets 8 bytes of each sector aside."""
-    line = ("nvme,drive=d,serial=deadbeef,lver=1,lmtype=0,nlbaf=5,lba_index=3,mdts=10,namespaces=1,lnum_ch=1,lnum_lun=4,"
-            "lnum_pln=2,lsec_size=4096,lsecs_per_pg=4,lpgs_per_blk=64,lbbtable=bb.qemu,lmetasize=16")
+    line = ("nvme,drive=d,serial=deadbeef,lver=1,lmtype=0,nlbaf=5,lba_index=3,mdts=10,namespaces=1,lnum_ch=1,"
+            "lnum_lun=4,lnum_pln=2,lsec_size=4096,lsecs_per_pg=4,lpgs_per_blk=64,lbbtable=bb.qemu,lmetasize=16")
     made = settings(line, Backing(GIB))
     g = made.geometry
     assert made.nvme.namespaces == ("ocssd12",)
@@ -160,7 +161,7 @@ def test_a_line_of_the_12_branch_makes_its_device_out_of_a_1_gib_file() -> None:
 
 
 def test_a_256_gib_file_is_not_cut_to_16_bits_of_blocks() -> None:
-    with pytest.raises(sets.SettingsError, match=r"make 261632 blocks in each plane of 1 LUNs; must be from 1 to 65535"):
+    with pytest.raises(sets.SettingsError, match="make 261632 blocks in each plane of 1 LUNs; must be from 1 to 65535"):
         settings("lver=1", Backing(256 * GIB))
     assert settings("lver=1,lnum_lun=4", Backing(255 * GIB)).geometry.chunks > 65000
 

@@ -9,13 +9,14 @@ wrote host order, and ran on x86). Offsets are bytes.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from construct import Bytes, Container, Int32ul, Int64ul, Struct
 
 from .ocssd20 import CHUNK_DESCRIPTOR_BYTES, GEOMETRY_BYTES
 
 # A parsed structure, for those who may not know construct.
-Record = Container
+Record: TypeAlias = Container
 
 MAGIC = int.from_bytes(b"MVNL", "little")
 VERSION = 1

@@ -43,6 +43,7 @@ class Status(IntEnum):
     METADATA_SGL_LENGTH = 0x010, "Base 4.6.1.2.1", "the metadata SGL does not fit the transfer length"
     SGL_TYPE_INVALID = 0x011, "Base 4.6.1.2.1", "an unsupported SGL descriptor type"
     PRP_OFFSET_INVALID = 0x013, "Base 4.6.1.2.1", "the offset field of a PRP entry is invalid"
+    WRITE_PROTECTED = 0x020, "Base 1.4 4.6.1.2.1", "the namespace is write protected"
     LBA_OUT_OF_RANGE = 0x080, "Base 4.6.1.2.2", "an LBA beyond the size of the namespace"
     CAPACITY_EXCEEDED = 0x081, "Base 4.6.1.2.2", "the namespace has no room left"
     NAMESPACE_NOT_READY = 0x082, "Base 4.6.1.2.2", "the namespace is not ready"
