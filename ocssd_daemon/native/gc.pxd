@@ -16,13 +16,13 @@ from ocssd_daemon.native.ftl cimport (
     LINE_CLOSED, LINE_DEAD, LINE_FREE, LINE_PENDING, NO_LINE, NO_PPA,
     VICTIM_COST_BENEFIT, VICTIM_D_CHOICES, VICTIM_FIFO, VICTIM_GREEDY, VICTIM_RANDOM,
     LINE_LOST_A_CHUNK, LINE_OPEN, LINE_TO_REFRESH, ctz64, frontier_close, frontier_flush, frontier_open, frontier_t,
-    ftl_unreadable, ftl_t, line_chunk, move_sector,
+    ftl_unreadable, ftl_t, line_chunk, move_ahead, move_sector,
 )
 from ocssd_daemon.native.media cimport (
     CHUNK_FAIL_RESET, CHUNK_FREE, CHUNK_OFFLINE, CHUNK_OPEN, MEDIA_OK,
-    chunk_close_early, chunk_t, media_data, media_erase, ppa_of,
+    chunk_close_early, chunk_t, media_erase, ppa_of,
 )
-from ocssd_daemon.native.sys cimport eventfd_signal, prefetch
+from ocssd_daemon.native.sys cimport eventfd_signal
 from ocssd_daemon.native.wear cimport NOTICE_HIGH_ERRORS, NOTICE_UNRECOVERABLE, NOTICES, wear_t
 
 cdef extern from "errno.h" nogil:
@@ -284,8 +284,7 @@ cdef inline uint32_t move_word(ftl_t *f, uint32_t budget) noexcept nogil:
     while word[0] and moved < budget:
         rest = word[0] & (word[0] - 1)
         if rest:
-            # The next sector's first bytes arrive while this one is copied; hardware looks no further than a page.
-            prefetch(media_data(f.media, base + ctz64(rest)))
+            move_ahead(f, base + ctz64(rest))
         if not move_sector(f, f.moved, base + ctz64(word[0])):
             return NO_PPA
         moved += 1
