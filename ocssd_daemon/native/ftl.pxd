@@ -18,7 +18,7 @@ The FTL knows no transport and no bytes below a sector.
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
-from ocssd_daemon.native.sys cimport copy_past_cache, store_release_u64
+from ocssd_daemon.native.sys cimport copy_past_cache, prefetch, store_release_u64
 from ocssd_daemon.native.media cimport (
     CHUNK_FREE, CHUNK_OFFLINE, MEDIA_OK,
     MEDIA_UNRECOVERED,
@@ -362,12 +362,19 @@ cdef inline bint frontier_ready(ftl_t *f, frontier_t *w) noexcept nogil:
 
 
 cdef inline uint32_t owner_from_map(const ftl_t *f, uint32_t ppa) noexcept nogil:
-    """The logical sector that the map keeps at *ppa*, or LBA_PAD. For an entry that damage made useless: a full scan."""
+    """The logical sector that the map keeps at *ppa*, or LBA_PAD. For an entry that is wrong: a full scan."""
     cdef uint32_t lba
     for lba in range(f.capacity_sectors):
         if l2p_get(f, lba) == ppa:
             return lba
     return LBA_PAD
+
+
+cdef inline void move_ahead(const ftl_t *f, uint32_t ppa) noexcept nogil:
+    """The sector at *ppa* is moved next: have its first bytes and its map entry come meanwhile."""
+    # Hardware looks no further than a page, and the map entry is anywhere.
+    prefetch(media_data(f.media, ppa))
+    prefetch(&f.l2p[(<const oob_t *>media_oob(f.media, ppa)).lba])
 
 
 cdef inline uint64_t lost_mark(ftl_t *f, uint32_t ppa) noexcept nogil:
@@ -397,9 +404,12 @@ cdef inline bint move_sector(ftl_t *f, frontier_t *w, uint32_t ppa, bint from_fl
     cdef uint64_t mark = 0
     cdef uint32_t target
     cdef uint64_t seq
+    cdef bint wrong
     if not frontier_ready(f, w):
         return False
-    if lba >= f.capacity_sectors:       # a checkpoint is loaded without reading the entries: this one is damaged
+    # A checkpoint is loaded without reading the entries. One that is wrong must not take another sector's place.
+    wrong = lba >= f.capacity_sectors or l2p_get(f, lba) != ppa
+    if wrong:
         lba = owner_from_map(f, ppa)
         if lba == <uint32_t>LBA_PAD:
             invalidate(f, ppa)
@@ -414,10 +424,9 @@ cdef inline bint move_sector(ftl_t *f, frontier_t *w, uint32_t ppa, bint from_fl
     seq = next_seq(f) | mark
     if f.host_durable:
         # Carried over, not computed again: damage to the data stays visible.
-        hashed = (oob.check ^ oob_mix(oob.seq, lba, ppa)) if oob.seq & OOB_HASHED else data_hash(
+        hashed = (oob.check ^ oob_mix(oob.seq, lba, ppa)) if oob.seq & OOB_HASHED and not wrong else data_hash(
             media_data(f.media, ppa), f.media.geometry.sector_bytes)
     write_oob(f, target, lba, seq, hashed)
-    # A valid sector is where the map points: no need to wait for that cache miss to learn it.
     place(f, w, lba, ppa)
     return True
 

@@ -16,13 +16,13 @@ from ocssd_daemon.native.ftl cimport (
     LINE_CLOSED, LINE_DEAD, LINE_FREE, LINE_PENDING, NO_LINE, NO_PPA,
     VICTIM_COST_BENEFIT, VICTIM_D_CHOICES, VICTIM_FIFO, VICTIM_GREEDY, VICTIM_RANDOM,
     LINE_LOST_A_CHUNK, LINE_OPEN, LINE_TO_REFRESH, ctz64, frontier_close, frontier_flush, frontier_open, frontier_t,
-    ftl_unreadable, ftl_t, l2p_get, line_chunk, line_of, move_sector,
+    ftl_unreadable, ftl_t, l2p_get, line_chunk, line_of, move_ahead, move_sector,
 )
 from ocssd_daemon.native.media cimport (
     CHUNK_FAIL_RESET, CHUNK_FREE, CHUNK_OFFLINE, CHUNK_OPEN, CHUNK_RETIRED, MEDIA_OK,
-    chunk_close_early, chunk_go_offline, chunk_t, media_data, media_erase, ppa_chunk, ppa_of,
+    chunk_close_early, chunk_go_offline, chunk_t, media_erase, ppa_chunk, ppa_of,
 )
-from ocssd_daemon.native.sys cimport copies_end, eventfd_signal, prefetch
+from ocssd_daemon.native.sys cimport copies_end, eventfd_signal
 from ocssd_daemon.native.wear cimport (
     NOTICE_HIGH_ERRORS, NOTICE_MEDIUM_ERRORS, NOTICE_REFRESHED, NOTICE_UNRECOVERABLE, NOTICES, wear_note, wear_t,
 )
@@ -332,8 +332,7 @@ cdef inline uint32_t move_word(ftl_t *f, uint32_t budget) noexcept nogil:
     while word[0] and moved < budget:
         rest = word[0] & (word[0] - 1)
         if rest:
-            # The next sector's first bytes arrive while this one is copied; hardware looks no further than a page.
-            prefetch(media_data(f.media, base + ctz64(rest)))
+            move_ahead(f, base + ctz64(rest))
         if not move_sector(f, f.moved, base + ctz64(word[0]), True):
             return NO_PPA
         moved += 1

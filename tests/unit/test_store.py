@@ -210,6 +210,35 @@ def test_a_chunk_table_that_reaches_beyond_its_chunks_is_refused(tmp_path: Path,
         open_file(image(tmp_path), SMALL)
 
 
+@pytest.mark.parametrize("lba", [0xFFFFFFFF, 0, 77], ids=["out-of-range", "all-the-first", "all-another"])
+@pytest.mark.parametrize("durability", ["process", "host"])
+def test_out_of_band_entries_that_lie_do_not_lead_gc_to_another_sector(
+    tmp_path: Path, lba: int, durability: str
+) -> None:
+    """A clean start trusts its checkpoint and has not read the entries; GC must not trust them either."""
+    store = open_file(image(tmp_path), SMALL) if durability == "host" else open_ram(SMALL)
+    target = open_target(store, block_bytes=4096, durability=durability)
+    sectors = target.disk.size_bytes // 4096
+    for at in range(sectors):
+        assert target.disk.write(at * 4096, at.to_bytes(4096, "little")) == 0
+    target.ftl.program_buffers()
+    store.oob[:, 8:12] = np.frombuffer(lba.to_bytes(4, "little"), np.uint8)
+    for _ in range(3):
+        for at in range(1, sectors, 2):
+            assert target.disk.write(at * 4096, at.to_bytes(4096, "little")) == 0
+    assert target.ftl.stats()["gc_sectors_moved"] > 0
+    for at in range(sectors):
+        assert target.disk.read(at * 4096, 4096) == at.to_bytes(4096, "little")
+    # What was moved has an entry that recovery believes; what was not is lost to the lie, and not another's.
+    store.save_superblock(boot_id="another boot")
+    again = open_target(store, block_bytes=4096, durability=durability)
+    assert again.how_started == "recovered"
+    found = [at for at in range(sectors) if store.l2p[at]]
+    assert set(range(1, sectors, 2)) < set(found)
+    for at in found:
+        assert again.disk.read(at * 4096, 4096) == at.to_bytes(4096, "little")
+
+
 def test_damaged_out_of_band_entries_do_not_lead_gc_out_of_the_map() -> None:
     store = open_ram(SMALL)
     target = open_target(store, block_bytes=4096)
