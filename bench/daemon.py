@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,10 @@ class Daemon:
     @property
     def vhost(self) -> Path:
         return self.directory / "vhost.sock"
+
+    @property
+    def vfio(self) -> Path:
+        return self.directory / "nvme.sock"
 
     @property
     def nbd(self) -> Path:
@@ -82,22 +86,26 @@ def _wait_ready(listener: socket.socket, process: subprocess.Popen[bytes], timeo
     raise RuntimeError("the daemon did not say READY=1")
 
 
+def _block_doors(directory: Path) -> list[str]:
+    return ["--socket", str(directory / "vhost.sock"), "--nbd", f"unix:{directory / 'nbd.sock'}"]
+
+
+def nvme_door(directory: Path) -> list[str]:
+    """Arguments that serve NVMe in *directory*, as ``Daemon.vfio``."""
+    return ["--vfio-user", str(directory / "nvme.sock")]
+
+
 @contextlib.contextmanager
-def daemon(directory: Path, size: str = "4G", extra: Sequence[str] = (), timeout_s: float = 60) -> Iterator[Daemon]:
-    """A daemon with flash in RAM that serves both block transports in *directory*; stopped at the end."""
+def daemon(
+    directory: Path,
+    size: str = "4G",
+    extra: Sequence[str] = (),
+    timeout_s: float = 60,
+    doors: Callable[[Path], list[str]] = _block_doors,
+) -> Iterator[Daemon]:
+    """A daemon with flash in RAM that serves both block transports in *directory*, or *doors*; stopped at the end."""
     directory.mkdir(parents=True, exist_ok=True)
-    command = [
-        *DAEMON,
-        "--socket",
-        str(directory / "vhost.sock"),
-        "--nbd",
-        f"unix:{directory / 'nbd.sock'}",
-        "--control",
-        str(directory / "control.sock"),
-        "--size",
-        size,
-        *extra,
-    ]
+    command = [*DAEMON, *doors(directory), "--control", str(directory / "control.sock"), "--size", size, *extra]
     with _notify_socket(directory / "notify.sock") as listener, (directory / "log").open("a") as log:
         environment = {**os.environ, "NOTIFY_SOCKET": str(directory / "notify.sock")}
         began = time.monotonic()

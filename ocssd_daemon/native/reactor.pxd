@@ -144,6 +144,9 @@ ctypedef struct reactor_t:
     uint32_t reports_tail
     uint64_t poll_max_ns        # longest time to poll before sleeping (setting reactor.poll_us)
     uint64_t poll_ns            # the adaptive value in force
+    uint32_t fruitless          # times in a row that polling caught nothing
+    uint32_t short_sleeps       # in a row
+    uint32_t patience           # short sleeps until it polls for the full time again
     uint8_t sleeping
     uint8_t bulk                # that of the last source which had work: then nothing is gained by polling
     uint64_t turns
@@ -162,6 +165,7 @@ cdef inline int reactor_init(reactor_t *r, uint64_t poll_max_ns) noexcept nogil:
     memset(r, 0, sizeof(reactor_t))
     r.poll_max_ns = poll_max_ns
     r.poll_ns = poll_max_ns
+    r.patience = 1
     pthread_mutex_init(&r.lock, NULL)
     r.epfd = epoll_create1(EPOLL_CLOEXEC)
     r.wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
@@ -513,14 +517,20 @@ cdef inline void reactor_adapt(reactor_t *r, uint64_t slept_ns) noexcept nogil:
     """Poll longer when a sleep turned out short (polling would have caught the work), shorter when it was long.
 
     A sleep includes the time that waking up takes, so work that came at once still looks like a sleep of that length.
-    Polling never pays for a wait that is longer than the limit, so one such sleep halves the time; the floor of
-    zero is reached after a few idle periods, and one short sleep brings it back.
+    Polling never pays for a wait that is longer than the limit, so one such sleep halves the time; so does polling that
+    caught nothing some times in a row, as with a guest whose next request always comes a little too late: it would
+    take that guest's CPU away for nothing. Short sleeps bring the full time back: one at first, twice as many after
+    each time that this turned out wrong.
     """
     cdef uint64_t short_ns = r.poll_max_ns + SLEEP_SLACK_NS
-    if slept_ns <= short_ns:
-        r.poll_ns = r.poll_max_ns
-    elif slept_ns > 4 * short_ns:
+    r.fruitless += 1
+    if slept_ns > 4 * short_ns or r.fruitless > FRUITLESS_MAX:
         r.poll_ns >>= 1
+    r.short_sleeps = r.short_sleeps + 1 if slept_ns <= short_ns else 0
+    if r.poll_ns < r.poll_max_ns and r.short_sleeps >= r.patience:
+        r.poll_ns = r.poll_max_ns
+        r.fruitless = r.short_sleeps = 0
+        r.patience = min(2 * r.patience, <uint32_t>PATIENCE_MAX)
 
 
 cdef inline void reactor_sleep(reactor_t *r) noexcept nogil:
@@ -546,6 +556,8 @@ cdef inline void reactor_sleep(reactor_t *r) noexcept nogil:
 
 
 cdef enum:
+    FRUITLESS_MAX = 8
+    PATIENCE_MAX = 1024
     SLEEP_SLACK_NS = 60000      # measured wake-up latency of epoll_pwait2 on a virtual machine: 50-60 us at p50
 
 
@@ -566,6 +578,9 @@ cdef inline void reactor_run(reactor_t *r) noexcept nogil:
         if atomic_get_u32(&r.waiters):
             reactor_step_aside(r)
         if reactor_turn(r):
+            if idle_since:
+                r.fruitless = 0         # polling has caught this work
+                r.patience = 1
             idle_since = 0
             continue
         now = now_ns()

@@ -1,4 +1,7 @@
-"""The bench's clients against our daemon, one second each: they negotiate, move data, check it, and print numbers."""
+"""The bench's clients against our daemon, one second each: they negotiate, move data, check it, and print numbers.
+
+And one guest that measures both NVMe devices, a second each.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from bench import nbd, vhost
-from bench.daemon import Daemon, daemon
+from bench import nbd, vfio, vfio_guest, vhost
+from bench.daemon import Daemon, daemon, nvme_door
+from bench.settings import Settings
 from tests.kit.requires import requires
 
 pytestmark = pytest.mark.usefixtures("compiler")
@@ -69,3 +73,42 @@ def test_counters_of_the_daemon_count_what_the_client_wrote(running: Daemon) -> 
 def test_a_client_without_a_server_says_so(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="No such file or directory"):
         vhost.run_client(tmp_path / "nobody.sock", seconds=1)
+
+
+# ---- NVMe over vfio-user -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def nvme(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    directory = tmp_path_factory.mktemp("nvme")
+    extra = [*nvme_door(directory), "--set", "nvme.namespaces=block", "--set", "nvme.doorbells=mapped"]
+    with daemon(directory, "256M", extra) as ours:
+        yield ours
+
+
+@pytest.mark.parametrize("mode", ["sleep", "poll"])
+@pytest.mark.parametrize("doorbells", ["trapped", "shadow", "mapped"])
+def test_vfio_client_reads_back_every_generation_it_wrote(nvme: Daemon, doorbells: str, mode: str) -> None:
+    result = vfio.run_client(nvme.vfio, verify=1, requests=20_000, span_bytes="32M", doorbells=doorbells, mode=mode)
+    assert result["requests"] == (32 << 20) // 4096
+    assert (result["traps"] < result["requests"]) or doorbells == "trapped"
+
+
+def test_what_one_door_wrote_the_other_reads(nvme: Daemon) -> None:
+    vhost.run_client(nvme.vhost, op="write", pattern="sequential", requests=1024, span_bytes="4M")
+    seen = vfio.run_client(nvme.vfio, op="read", requests=4096, span_bytes="4M", check_every=1, queues=2)
+    assert seen["device_bytes"] == vhost.device_bytes(nvme.vhost)
+
+
+def test_vector_commands_of_64_sectors_carry_their_data(tmp_path: Path) -> None:
+    small = {**vfio.VECTOR, "span_bytes": "32M"}
+    with daemon(tmp_path, "2G", ["--preset", "pblk-20"], doors=nvme_door) as ours:
+        vfio.run_client(ours.vfio, op="write", requests=(32 << 20) // vfio.VECTOR_BYTES, **small)
+        result = vfio.run_client(ours.vfio, op="read", requests=500, check_every=1, **small)
+    assert result["requests"] == 500
+
+
+def test_a_guest_measures_both_devices_and_pblk(tmp_path: Path) -> None:
+    rows = list(vfio_guest.rows(Settings(tmp_path, rounds=1, seconds=1)))
+    assert [bool(row.ours) for row in rows] == [True] * (len(vfio_guest.CASES) + 2)
+    assert [bool(row.peer) for row in rows] == [True] * len(vfio_guest.CASES) + [False] * 2

@@ -11,9 +11,9 @@ import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from ocssd_daemon import _vfio
 from ocssd_daemon._nvme import BAD_DOORBELL
 
+from ocssd_daemon import _vfio
 from ocssd_daemon.protocol.vfio_user import wire
 from tests.kit.nvme_host import CSTS, DOORBELLS, VS
 from tests.kit.nvme_target import attached, serving
