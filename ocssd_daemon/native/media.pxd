@@ -370,8 +370,6 @@ cdef inline int media_rules_read(media_t *m, uint64_t ppa) noexcept nogil:
         return MEDIA_OK
     if rule.action == FAULT_OFFLINE:
         chunk_go_offline(m, chunk)
-    if m.wear != NULL:
-        wear_note(m.wear, chunk, ppa_sector(m, ppa), NOTICE_UNRECOVERABLE)
     return MEDIA_UNRECOVERED
 
 

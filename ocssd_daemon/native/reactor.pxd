@@ -150,7 +150,7 @@ ctypedef struct reactor_t:
     uint64_t reports_dropped
     uint64_t late_count
     uint64_t late_max_ns
-    uint64_t late_hist[64]      # log2 buckets of lateness in ns
+    uint64_t late_hist[256]     # of lateness in ns: four steps per power of two
 
 
 # --- life ---------------------------------------------------------------------------------------------------------
@@ -433,13 +433,24 @@ cdef inline bint first_has_moved(reactor_t *r) noexcept nogil:
     return True
 
 
+cdef inline uint32_t late_bucket(uint64_t late_ns) noexcept nogil:
+    """The top three bits and where they stand: bucket b ends before ``late_bucket_end(b)``."""
+    cdef uint32_t shift = 0
+    if late_ns < 4:
+        return <uint32_t>late_ns
+    while late_ns >> shift >= 8:
+        shift += 1
+    return 4 * (shift + 1) + <uint32_t>(late_ns >> shift) - 4
+
+
+cdef inline uint64_t late_bucket_end(uint32_t bucket) noexcept nogil:
+    if bucket < 4:
+        return bucket + 1
+    return <uint64_t>(4 + bucket % 4 + 1) << (bucket // 4 - 1)
+
+
 cdef inline void count_lateness(reactor_t *r, uint64_t late_ns) noexcept nogil:
-    cdef uint32_t bucket = 0
-    cdef uint64_t v = late_ns
-    while v > 1:
-        v >>= 1
-        bucket += 1
-    r.late_hist[bucket & 63] += 1
+    r.late_hist[late_bucket(late_ns)] += 1
     r.late_count += 1
     if late_ns > r.late_max_ns:
         r.late_max_ns = late_ns
@@ -457,7 +468,7 @@ cdef inline int reactor_complete_due(reactor_t *r) noexcept nogil:
         if first_has_moved(r):
             continue
         top = heap_pop(r)
-        count_lateness(r, now - top.deadline_ns)
+        count_lateness(r, now_ns() - top.deadline_ns)       # not now: the completions before it took their time
         top.source.complete(top.source, top.a, top.b)
         n += 1
     return n

@@ -144,7 +144,10 @@ def test_a_profile_file_names_file_and_key_when_it_is_wrong(tmp_path: Path) -> N
     path = tmp_path / "drive.toml"
     path.write_text("sense_ns = 40000\nprogramm_ns = 3\n")
     done = ocssd("--workload", "randread", "--set", f"latency.profile={path}")
-    assert f"{path}: Object contains unknown field `programm_ns`" in done.output
+    assert f"{path}:2: Object contains unknown field `programm_ns`; there are sense_ns, program_ns," in done.output
+    path.write_text('sense_ns = 40000\n\nerase_ns = "long"\n')
+    done = ocssd("--workload", "randread", "--set", f"latency.profile={path}")
+    assert f"{path}:3: Expected `int`, got `str` - at `$.erase_ns`" in done.output
 
 
 def test_a_profile_file_sets_the_numbers(tmp_path: Path) -> None:
