@@ -66,9 +66,9 @@ def _bad(settings: Settings, geometry: Geometry) -> list[int]:
 
 def set_chunk_state(chunks: NDArray[Any], state: faults.ChunkState) -> None:
     """Put chunks of the table into a state of the file's choosing."""
-    for field, value in (("type", state.type), ("wear_index", state.wear_index), ("state", state.state), ("wp", state.wp)):
-        if value is not None:
-            chunks[field][state.indices] = value
+    for field in ("type", "wear_index", "state", "wp"):
+        if getattr(state, field) is not None:
+            chunks[field][state.indices] = getattr(state, field)
 
 
 @dataclass

@@ -62,7 +62,8 @@ def policies() -> None:
 
 
 def skew() -> None:
-    print("\n| workload | OP | greedy, one frontier | default | ratio | without settling | cost-benefit |\n|---|---|---|---|---|---|---|")
+    print("\n| workload | OP | greedy, one frontier | default | ratio | without settling | cost-benefit |")
+    print("|---|---|---|---|---|---|---|")
     shape = {**FEW, "geometry.sectors": 256}
     for workload in ("hotcold:0.05/0.95", "hotcold:0.1/0.9", "hotcold:0.2/0.8", "zipf:1.1"):
         for op in (0.11, 0.28):

@@ -182,7 +182,7 @@ def _msr(lines: Iterator[tuple[Place, str]]) -> Iterator[Request]:
 
 
 class _Zstd(io.RawIOBase):
-    """The content of all frames of a file. Raises EOFError where the last one is cut short, OSError where one is damaged."""
+    """The content of all frames of a file. Raises EOFError if the last one is cut short, OSError if one is damaged."""
 
     PIECE_BYTES = 1 << 17
 

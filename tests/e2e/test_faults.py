@@ -29,10 +29,12 @@ def fault(running: Daemon, *arguments: str) -> str:
 @contextmanager
 def served(directory: Path, *arguments: str) -> Iterator[tuple[Daemon, NbdClient]]:
     socket = directory / "nbd"
-    with daemon(directory, "--nbd", f"unix:{socket}", *SHAPE, *arguments) as running:
-        with NbdClient.unix(str(socket)) as client:
-            client.negotiate()
-            yield running, client
+    with (
+        daemon(directory, "--nbd", f"unix:{socket}", *SHAPE, *arguments) as running,
+        NbdClient.unix(str(socket)) as client,
+    ):
+        client.negotiate()
+        yield running, client
 
 
 def sector(number: int) -> bytes:
@@ -108,13 +110,17 @@ def test_a_torn_write_is_there_after_a_restart_without_its_second_half(tmp_path:
 
 def test_a_power_cut_ends_the_process_at_that_write_and_loses_nothing_acknowledged(tmp_path: Path) -> None:
     image = ("--store", str(tmp_path / "image"))
-    acknowledged = []
+    acknowledged: list[int] = []
+
+    def write_on() -> None:
+        for number in range(1024):
+            assert write(client, number) == [0]
+            acknowledged.append(number)
+
     with served(tmp_path, *image) as (running, client):
         fault(running, "add", "on=write", "do=powercut", "after=20")
         with pytest.raises((nbd.Gone, ConnectionError)):
-            for number in range(1024):
-                assert write(client, number) == [0]
-                acknowledged.append(number)
+            write_on()
         assert running.process.wait(30) == -signal.SIGKILL
     assert 100 < len(acknowledged) < 1024
     with served(tmp_path, *image) as (running, client):

@@ -173,7 +173,7 @@ def test_archives_that_are_damaged_or_cut_short_are_refused_and_never_read_in_pa
     text = "fio version 2 iolog\n" + "".join(f"f write {4096 * i} 4096\n" for i in range(50_000))
     packed = zstandard.ZstdCompressor(level=1, write_checksum=True).compress(text.encode())
     lines = text.encode().splitlines(keepends=True)
-    first = zstandard.ZstdCompressor().compress(b"".join(lines[:1000]))  # cut at a frame's end the lines would look whole
+    first = zstandard.ZstdCompressor().compress(b"".join(lines[:1000]))  # cut at its end the lines would look whole
     damaged = bytearray(gzip.compress(text.encode()))
     damaged[len(damaged) // 2] ^= 0xFF
     for name, content in (

@@ -119,7 +119,7 @@ def test_a_quick_run_under_skew_shows_what_settling_is_for() -> None:
 
 
 def test_settling_changes_nothing_under_uniform_writes_and_with_one_frontier() -> None:
-    shape = {"geometry__groups": 1, "geometry__pus": 4, "geometry__chunks": 128, "geometry__sectors": 64, "ftl__op": 0.28}
+    shape = {**SKEWED, "geometry__chunks": 128, "geometry__sectors": 64, "ftl__op": 0.28}
 
     def counts(workload: str, **assignments: object) -> int:
         return int(outcome(workload, 2, 2, **{**shape, **assignments})["gc_sectors_moved"])
