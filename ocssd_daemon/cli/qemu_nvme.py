@@ -98,6 +98,14 @@ def _capabilities(name: str, text: str, _given: dict[str, str]) -> dict[str, Any
     return {"nvme.multi_reset": bool(bits & 2), **({"nvme.early_reset": True} if bits & 4 else {})}
 
 
+def _bad_one_in(name: str, text: str, _given: dict[str, str]) -> dict[str, Any] | str:
+    """One block in so many is bad from the factory; 0: none."""
+    one_in = _number(name, text)
+    if not 0 <= one_in <= 1 << 20:
+        raise SettingsError(name, f"must be from 0 to {1 << 20}", one_in, SOURCE)
+    return {"faults.bad": f"{100 / one_in:.6f}%"} if one_in else {}
+
+
 _FORMAT = _ignored("the LBA format follows geometry.sector_bytes and geometry.oob_bytes")
 _FILES = _ignored("metadata and chunk states are kept in the image (--store)")
 _FIXED = _ignored("fixed here")
@@ -126,7 +134,7 @@ OPTIONS: dict[str, Rule] = {
     "lnum_pu": _to("geometry.pus", 1, 256), "lnum_pln": _to("nvme.planes", 1, 4),
     "lmetasize": _to("geometry.oob_bytes", 0, 4096),
     "lbbtable": _text_to("nvme.bad_block_file"), "lmetadata": _FILES, "lreadl2ptbl": _FIXED,
-    "lbbfrequency": _ignored("it did nothing"), "ldebug": _ignored("use --log-level debug"), "lstrict": _FIXED,
+    "lbbfrequency": _bad_one_in, "ldebug": _ignored("use --log-level debug"), "lstrict": _FIXED,
     "lb_err_write": _ignored("use a write fault file (lwritefail)"), "ln_err_write": _ignored("use lwritefail"),
     # OCSSD 2.0
     "dialect": _version, "lmccap": _capabilities, "lws_min": _to("geometry.ws_min", 1, 4096),

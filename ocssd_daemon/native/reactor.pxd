@@ -143,6 +143,7 @@ ctypedef struct reactor_t:
     uint32_t reports_tail
     uint64_t poll_max_ns        # longest time to poll before sleeping (setting reactor.poll_us)
     uint64_t poll_ns            # the adaptive value in force
+    uint64_t early_ns           # how long before a deadline a sleep ends: as long as waking up takes here
     uint8_t sleeping
     uint64_t turns
     uint64_t sleeps
@@ -160,6 +161,7 @@ cdef inline int reactor_init(reactor_t *r, uint64_t poll_max_ns) noexcept nogil:
     memset(r, 0, sizeof(reactor_t))
     r.poll_max_ns = poll_max_ns
     r.poll_ns = poll_max_ns
+    r.early_ns = SLEEP_SLACK_NS
     pthread_mutex_init(&r.lock, NULL)
     r.epfd = epoll_create1(EPOLL_CLOEXEC)
     r.wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
@@ -529,6 +531,14 @@ cdef inline void reactor_adapt(reactor_t *r, uint64_t slept_ns) noexcept nogil:
         r.poll_ns >>= 1
 
 
+cdef inline void reactor_learn_wakeup(reactor_t *r, uint64_t late_ns) noexcept nogil:
+    """A timer fired *late_ns* after its time: sleep less at once if that was long, more little by little if it was short."""
+    if late_ns >= r.early_ns:
+        r.early_ns = min(late_ns + (late_ns >> 2), <uint64_t>EARLY_MAX_NS)
+    else:
+        r.early_ns -= (r.early_ns - max(late_ns, <uint64_t>EARLY_MIN_NS)) >> 6 if r.early_ns > EARLY_MIN_NS else 0
+
+
 cdef inline void reactor_sleep(reactor_t *r) noexcept nogil:
     """Wait for an fd, a wake-up or the next deadline; the lock is held on entry and on return."""
     cdef epoll_event events[REACTOR_FDS]
@@ -536,8 +546,8 @@ cdef inline void reactor_sleep(reactor_t *r) noexcept nogil:
     cdef uint64_t start = now_ns()
     cdef int n
     if r.heap_len:
-        # Timers fire late by the scheduler's slack: wake up early by that and spin the rest.
-        timeout_ns = <long long>r.heap[0].deadline_ns - <long long>start - SLEEP_SLACK_NS
+        # Timers fire late by what waking up takes: wake up early by that and spin the rest.
+        timeout_ns = <long long>r.heap[0].deadline_ns - <long long>start - <long long>r.early_ns
         if timeout_ns <= 0:
             return
     r.sleeping = 1
@@ -546,6 +556,8 @@ cdef inline void reactor_sleep(reactor_t *r) noexcept nogil:
     n = epoll_wait_ns(r.epfd, events, REACTOR_FDS, timeout_ns)
     pthread_mutex_lock(&r.lock)
     r.sleeping = 0
+    if n == 0 and timeout_ns > 0:
+        reactor_learn_wakeup(r, now_ns() - start - timeout_ns)
     if n > 0:
         r.wakeups_by_fd += reactor_take_fds(r, events, n)
         reactor_adapt(r, now_ns() - start)
@@ -553,6 +565,8 @@ cdef inline void reactor_sleep(reactor_t *r) noexcept nogil:
 
 cdef enum:
     SLEEP_SLACK_NS = 60000      # measured wake-up latency of epoll_pwait2 on a virtual machine: 50-60 us at p50
+    EARLY_MIN_NS = 20000
+    EARLY_MAX_NS = 400000       # a machine that wakes up later than this is busy: spinning would not help
 
 
 cdef inline void reactor_step_aside(reactor_t *r) noexcept nogil:

@@ -13,6 +13,7 @@ import pytest
 
 from ocssd_daemon.device import Device
 from ocssd_daemon.nand import faults
+from ocssd_daemon.nand.store import open_file
 from ocssd_daemon.settings import build, from_assignments
 
 SMALL = ("geometry.groups=1", "geometry.pus=2", "geometry.chunks=32", "geometry.sectors=32", "geometry.ws_min=4",
@@ -303,4 +304,32 @@ def test_refreshed_lines_are_noted() -> None:
         shadow.check()
     states = {state for _, _, _, state in flash.physics.wear.notices()}
     assert {1 << 1, 1 << 4} <= states
+    flash.close()
+
+
+@pytest.mark.parametrize("rule", ["on=write do=torn once", "on=read do=corrupt:3 once"])
+def test_with_durability_host_a_torn_or_corrupt_sector_is_found_after_a_crash_of_the_host(
+    tmp_path: Path, rule: str
+) -> None:
+    """Entries cover their data: what does not match gives way to what was there before it."""
+    path = tmp_path / "image"
+    flash = image(path, "durability=host")
+    old, new = b"o" * SECTOR, b"n" * SECTOR
+    for content in (old, new):
+        if content == new and "write" in rule:
+            flash.physics.add_rule(faults.parse(rule))
+        assert flash.disk.write(0, content) == 0
+        assert flash.disk.flush() == 0
+    if "read" in rule:
+        flash.physics.add_rule(faults.parse(rule))
+    assert flash.disk.read(0, SECTOR) not in (old, new)  # silently
+    copy = tmp_path / "copy"
+    shutil.copyfile(path, copy)
+    flash.close()
+    store = open_file(str(copy), flash.geometry)
+    store.save_superblock(boot_id="another boot")
+    store.close()
+    flash = image(copy, "durability=host")
+    assert flash.target.how_started == "recovered"
+    assert flash.disk.read(0, SECTOR) == old
     flash.close()

@@ -35,6 +35,13 @@ def test_lver_0_is_a_controller_with_a_block_namespace_only():
     assert settings("lver=0").nvme.namespaces == ("block",)
 
 
+def test_fault_files_and_bad_blocks_become_the_one_set_of_fault_settings():
+    made = settings("lwritefail=w,lresetfail=r,lchunkstate=c,lbbfrequency=50")
+    assert (made.faults.write_failures, made.faults.reset_failures, made.faults.chunk_states) == ("w", "r", "c")
+    assert made.faults.bad == "2.000000%"
+    assert settings("lbbfrequency=0").faults.bad is None
+
+
 def test_what_has_no_meaning_is_named():
     assert translate("drive=d0,bootindex=1,lstrict=1").notes == [
         "drive: use --store", "bootindex: QEMU's own affair", "lstrict: fixed here"]
