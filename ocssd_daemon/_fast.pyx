@@ -629,6 +629,7 @@ cdef class Reactor:
             "poll_max_ns": self.r.poll_max_ns,
             "deferred": self.r.heap_len,
             "reports_dropped": self.r.reports_dropped,
+            "early_ns": self.r.early_ns,
             "late_count": self.r.late_count,
             "late_p50_ns": late_below(&self.r, 50),
             "late_p99_ns": late_below(&self.r, 99),

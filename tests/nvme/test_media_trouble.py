@@ -8,6 +8,8 @@ from __future__ import annotations
 import struct
 import time
 
+import pytest
+
 from ocssd_daemon._physics import Faults, Timing, Wear, attach_faults, attach_timing, attach_wear
 from ocssd_daemon.nand import faults
 from ocssd_daemon.nand.latency import Latency
@@ -97,18 +99,51 @@ def test_a_chunk_is_notified_once_of_each_degree_of_errors(start):
     assert notices(host) == [(0, 1 << 1), (CHUNK, 1 << 1), (CHUNK, 1 << 2)]
 
 
-def test_a_device_that_refreshes_rewrites_the_chunk_and_notifies_that(start):
+DISTURB = {"mean": 40, "retries": 0, "disturb": 1e-4, "refresh": True}  # a read adds 3 errors to each sector
+
+
+def test_a_device_that_refreshes_rewrites_a_chunk_that_reads_have_disturbed_and_notifies_that(start):
+    target, host = start()
+    fill(host, 0)
+    give_wear(target, **DISTURB)
+    before = target.media.chunks[0].copy()
+    for _ in range(5):
+        done, data, _ = host.vector_read(run(0, 4))
+        assert (done.status, data) == (0, sectors(4))
+    found = notices(host)
+    assert found[:2] == [(0, 1 << 1), (0, 1 << 4)]
+    after = target.media.chunks[0]
+    assert after["pe_cycles"] == before["pe_cycles"] + sum(state == 1 << 4 for _, state in found)
+    assert after["reads"] < 20
+    assert (after["state"], after["wp"]) == (before["state"], before["wp"])
+
+
+def test_a_chunk_that_wear_alone_makes_hard_to_read_is_not_rewritten_for_nothing(start):
     target, host = start()
     fill(host, 0)
     give_wear(target, mean=80, retries=0, refresh=True)
-    before = target.media.chunks[0].copy()
-    assert host.vector_read(run(0, 4))[0].status == 0
-    assert notices(host)[:2] == [(0, 1 << 1), (0, 1 << 4)]
-    after = target.media.chunks[0]
-    assert after["pe_cycles"] > before["pe_cycles"]
-    assert (after["state"], after["wp"]) == (before["state"], before["wp"])
-    give_wear(target, mean=0)
-    assert host.vector_read(run(0, 4))[1] == sectors(4)
+    cycles = int(target.media.chunks["pe_cycles"][0])
+    for _ in range(5):
+        host.vector_read(run(0, 4))
+    assert notices(host) == [(0, 1 << 1)]
+    assert int(target.media.chunks["pe_cycles"][0]) == cycles
+
+
+@pytest.mark.parametrize(("wear", "states"), [
+    ({"mean": 80, "retries": 0}, [1 << 1]),                     # errors: hard to read
+    ({"mean": 500, "retries": 0}, [1 << 3]),                    # errors: lost
+    (DISTURB, [1 << 1, 1 << 4]),                                # and refreshed
+])
+def test_each_kind_of_notice_raises_an_event(start, wear, states):
+    target, host = start()
+    fill(host, 0)
+    host.queues[0].submit(host.entry(0x0C, 0))
+    give_wear(target, **wear)
+    for _ in range(4):
+        host.vector_read(run(0, 4))
+    event = host.queues[0].wait(1)[0]
+    assert event.result & 0xFF_FF_07 == 0xD0_00_07              # vendor specific, log D0h
+    assert [state for _, state in notices(host)][:2] == states
 
 
 def test_in_1_2_high_effort_is_the_warning_that_lightnvm_knows(start):
