@@ -13,7 +13,7 @@ from bench.programs import Unavailable
 from bench.report import machine, table, write_json
 from bench.settings import Settings
 
-GROUPS = ("vhost", "nbd", "vfio", "ftl", "latency", "start")
+GROUPS = ("vhost", "nbd", "vfio", "ftl", "sim", "latency", "start")
 
 
 def arguments() -> argparse.Namespace:

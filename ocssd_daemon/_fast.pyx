@@ -30,7 +30,7 @@ from ocssd_daemon.native.media cimport (
     chunk_t, media_copy, media_done_ns, media_read, media_readable, media_reset, media_write,
 )
 from ocssd_daemon.native.reactor cimport (
-    reactor_close, reactor_init, reactor_lock, reactor_run, reactor_stop, reactor_t, reactor_unlock,
+    late_bucket_end, reactor_close, reactor_init, reactor_lock, reactor_run, reactor_stop, reactor_t, reactor_unlock,
 )
 from ocssd_daemon.native.recovery cimport RECOVERY_BAD_MAP, RECOVERY_NO_MEMORY, ftl_load_map, ftl_recover
 from ocssd_daemon.native.sys cimport iovec, keep_heap
@@ -534,13 +534,13 @@ cdef class Disk:
 
 
 cdef uint64_t late_below(const reactor_t *r, uint64_t percent):
-    """Upper bound of that percentile of completions' lateness: the end of its histogram bucket (a power of two)."""
+    """Upper bound of that percentile of completions' lateness: the end of its histogram bucket, at most a quarter above."""
     cdef uint64_t seen = 0
     cdef uint32_t bucket
-    for bucket in range(64):
+    for bucket in range(252):
         seen += r.late_hist[bucket]
         if seen and seen * 100 >= percent * r.late_count:
-            return min(r.late_max_ns, (<uint64_t>2 << bucket) - 1)
+            return min(r.late_max_ns, late_bucket_end(bucket) - 1)
     return 0
 
 
@@ -629,6 +629,7 @@ cdef class Reactor:
             "poll_max_ns": self.r.poll_max_ns,
             "deferred": self.r.heap_len,
             "reports_dropped": self.r.reports_dropped,
+            "early_ns": self.r.early_ns,
             "late_count": self.r.late_count,
             "late_p50_ns": late_below(&self.r, 50),
             "late_p99_ns": late_below(&self.r, 99),

@@ -12,8 +12,6 @@ from libc.string cimport memcpy, memset
 
 import os
 
-import numpy as np
-
 from ocssd_daemon._fast cimport Disk, Media, Reactor
 from ocssd_daemon.native.disk cimport disk_discard, disk_flush
 from ocssd_daemon.native.gmem cimport (
@@ -58,7 +56,6 @@ SQE_BYTES, CQE_BYTES = sizeof(sqe_t), sizeof(cqe_t)
 
 class MemoryFault(Exception):
     """A guest address that is not there, or may not be used that way."""
-
 
 
 cdef extern from "sys/epoll.h" nogil:

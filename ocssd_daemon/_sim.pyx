@@ -155,6 +155,7 @@ ctypedef struct host_t:
     uint64_t refused            # writes that found no space: the disk has become read-only
     uint64_t *histogram[2]      # by OP_READ, OP_WRITE; NULL: do not record
     uint64_t max_ns[2]
+    uint64_t sum_ns[2]
 
 
 cdef inline void flights_replace(flight_t *heap, uint32_t n, const flight_t *item) noexcept nogil:
@@ -231,6 +232,7 @@ cdef inline void host_record(host_t *h, uint32_t op, uint64_t latency_ns) noexce
         return
     h.histogram[op][histogram_index(latency_ns)] += 1
     h.max_ns[op] = max(h.max_ns[op], latency_ns)
+    h.sum_ns[op] += latency_ns
 
 
 cdef inline void flight_landed(host_t *h, flight_t *f) noexcept nogil:
@@ -364,7 +366,7 @@ cdef class Host:
         self._histograms = [np.zeros(HISTOGRAM_LEN, np.uint64) for _ in range(2)]
         for op in range(2):
             self.h.histogram[op] = <uint64_t *><size_t>self._histograms[op].ctypes.data
-            self.h.max_ns[op] = 0
+            self.h.max_ns[op] = self.h.sum_ns[op] = 0
 
     def run(self, Workload workload, uint64_t ios):
         """Issue *ios* requests of the workload. Returns how many; fewer when the disk became read-only."""
@@ -432,7 +434,7 @@ cdef class Host:
             name: min(most, int(values[min(np.searchsorted(shares, share), len(values) - 1)]))
             for name, share in SHARES.items()
         }
-        return {"count": total, "mean": float((values * counts[used]).sum() / total), **at, "max": most}
+        return {"count": total, "mean": self.h.sum_ns[OPS[op]] / total, **at, "max": most}
 
 
 SHARES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p999": 0.999}

@@ -66,9 +66,9 @@ def _bad(settings: Settings, geometry: Geometry) -> list[int]:
 
 def set_chunk_state(chunks: NDArray[Any], state: faults.ChunkState) -> None:
     """Put chunks of the table into a state of the file's choosing."""
-    for field, value in (("type", state.type), ("wear_index", state.wear_index), ("state", state.state), ("wp", state.wp)):
-        if value is not None:
-            chunks[field][state.indices] = value
+    for field in ("type", "wear_index", "state", "wp"):
+        if getattr(state, field) is not None:
+            chunks[field][state.indices] = getattr(state, field)
 
 
 @dataclass
@@ -110,6 +110,18 @@ class Physics:
         attach_faults(self.media, self.faults)
         return number
 
+    def add_rules(self, rules: list[Rule]) -> list[int]:
+        """Add all of *rules* or none. Returns their ids. Raises ValueError when there are too many."""
+        numbers: list[int] = []
+        try:
+            for rule in rules:
+                numbers.append(self.add_rule(rule))
+        except ValueError:
+            for number in numbers:
+                self.remove_rule(number)
+            raise
+        return numbers
+
     def remove_rule(self, number: int) -> None:
         """Take a rule out. Raises PhysicsError when there is none of that id."""
         try:
@@ -123,7 +135,7 @@ class Physics:
         """Take the rules of a file. Returns their ids; chunks that it takes offline have none. Raises PhysicsError."""
         try:
             if kind in _RULE_FILES:
-                return [self.add_rule(rule) for rule in _RULE_FILES[kind](path)]
+                return self.add_rules(_RULE_FILES[kind](path))
             if kind == "chunkstate":
                 self.set_states(path)
             else:

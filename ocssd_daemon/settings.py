@@ -70,7 +70,7 @@ class FtlSettings(Section, frozen=True):
         int, _int(0, 1 << 24, "P/E cycles between lines that start static wear levelling; 0: never")
     ] = 16
     settle: Annotated[
-        float, _number_from(0.0, 1.0, "share of the spare space that is written before greedy takes a line of fresh data")
+        float, _number_from(0.0, 1.0, "share of the spare space that is written before greedy takes fresh data")
     ] = 0.5
     frontiers: Annotated[int, _int(1, 2, "open lines: 2 keeps user data and moved data apart")] = 2
     reserve_lines: Annotated[int, _int(2, 1 << 16, "free lines that only garbage collection may use")] = 2
@@ -101,7 +101,7 @@ class LatencySettings(Section, frozen=True):
     planes: Annotated[int | None, _text("planes of a PU; default: geometry.ws_opt / page_sectors")] = None
     pairing: Annotated[
         Literal["modulo", "shadow"] | None,
-        _text("page kinds of the rows: shadow as multi-level flash is programmed, or row modulo kinds; default: the profile's"),
+        _text("page kinds of a chunk's rows: shadow (as multi-level flash is programmed) or row modulo kinds"),
     ] = None
     suspend: Annotated[bool | None, _text("a read interrupts a program or an erase")] = None
     suspend_ns: Annotated[int | None, _text("what such an interruption costs")] = None

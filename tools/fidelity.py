@@ -62,14 +62,18 @@ def policies() -> None:
 
 
 def skew() -> None:
-    print("\n| OP | default policy | greedy, one frontier | ratio |\n|---|---|---|---|")
+    print("\n| workload | OP | greedy, one frontier | default | ratio | without settling | cost-benefit |")
+    print("|---|---|---|---|---|---|---|")
     shape = {**FEW, "geometry.sectors": 256}
-    for op in (0.11, 0.28):
-        default = measured("hotcold:0.05/0.95", 6, 20, {**shape, "ftl.op": op})["waf"]
-        plain = measured(
-            "hotcold:0.05/0.95", 6, 20, {**shape, "ftl.op": op, "ftl.victim": "greedy", "ftl.frontiers": 1}
-        )["waf"]
-        row(op, default, plain, default / plain)
+    for workload in ("hotcold:0.05/0.95", "hotcold:0.1/0.9", "hotcold:0.2/0.8", "zipf:1.1"):
+        for op in (0.11, 0.28):
+
+            def waf_of(op: float = op, workload: str = workload, **more: Any) -> float:
+                values = {**shape, "ftl.op": op, **{f"ftl.{key}": value for key, value in more.items()}}
+                return float(measured(workload, 6, 20, values)["waf"])
+
+            plain, default = waf_of(victim="greedy", frontiers=1), waf_of()
+            row(workload, op, plain, default, default / plain, waf_of(settle=0.0), waf_of(victim="cost-benefit"))
 
 
 if __name__ == "__main__":

@@ -122,8 +122,9 @@ def open_target(
 ) -> Target:
     """Start a block target on *store*, over the PUs *pus* (default: all).
 
-    *ftl_options* go to ``Ftl``: victim, frontiers, reserve_lines, d_choices, wear_spread, settle, retire, seed. An image keeps the
-    capacity and the PUs that it was first used with. Raises CapacityError, StoreError or ValueError with one sentence.
+    *ftl_options* go to ``Ftl``: victim, frontiers, reserve_lines, d_choices, wear_spread, settle, retire, seed. An
+    image keeps the capacity and the PUs that it was first used with. Raises CapacityError, StoreError or ValueError
+    with one sentence.
     """
     owned = list(range(store.geometry.total_pus)) if pus is None else pus
     _check_owned(store, owned)

@@ -6,6 +6,7 @@ Cell tables: SLC, MLC (Micron L95B), TLC as used by other emulators of the same 
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 from typing import Any, Literal
@@ -104,12 +105,25 @@ def load_profile(name: str) -> Latency:
         return PROFILES[name]
     if not ("/" in name or name.endswith(".toml")):
         raise LatencyError("profile", f"must be one of {', '.join(PROFILES)}, or the path of a TOML file")
+    text = ""
     try:
-        return msgspec.convert(_lists(tomllib.loads(Path(name).read_text(encoding="utf-8"))), Latency)
+        text = Path(name).read_text(encoding="utf-8")
+        return msgspec.convert(_lists(tomllib.loads(text)), Latency)
     except OSError as error:
         raise LatencyError("profile", f"{name}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, msgspec.ValidationError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise LatencyError("profile", f"{name}: {error}") from None
+    except msgspec.ValidationError as error:
+        raise LatencyError("profile", f"{name}{_with_line(text, str(error))}") from None
+
+
+def _with_line(text: str, complaint: str) -> str:
+    """What is wrong with a profile's field, and in which line of *text* that is."""
+    field = re.search(r"field `(\w+)`|`\$\.(\w+)", complaint)
+    name = (field[1] or field[2]) if field else ""
+    at = next((n for n, line in enumerate(text.splitlines(), 1) if re.match(rf"\s*{name}\s*=", line)), 0) if name else 0
+    known = f"; there are {', '.join(Latency.__struct_fields__)}" if "unknown field" in complaint else ""
+    return (f":{at}" if at else "") + f": {complaint}{known}"
 
 
 def _lists(fields: dict[str, Any]) -> dict[str, Any]:

@@ -34,9 +34,9 @@ class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     notice_share: Annotated[float, _real(1.0, "share of ecc_bits above which a read has high ECC effort")] = (
         0.75
     )
-    shelf: Annotated[bool, Meta(description="time while the daemon does not run ages data too, by the wall clock")] = True
+    shelf: Annotated[bool, Meta(description="data ages while the daemon does not run, by the wall clock")] = True
     refresh: Annotated[
-        bool, Meta(description="the device itself rewrites a chunk of raw flash that is hard to read, and notifies that")
+        bool, Meta(description="the device itself rewrites a raw chunk that is hard to read, and notifies that")
     ] = False
     wear_delta: Annotated[int, _count(255, "step of the wear-level index that is notified; 0: never")] = 0
 

@@ -379,10 +379,10 @@ cdef inline void move_ahead(const ftl_t *f, uint32_t ppa) noexcept nogil:
 
 cdef inline uint64_t lost_mark(ftl_t *f, uint32_t ppa) noexcept nogil:
     """Read *ppa* to move it. OOB_LOST when that cannot be done, now or when it was moved before; else 0."""
-    cdef uint32_t tries
+    cdef uint32_t _
     if f.lost_sectors and (<const oob_t *>media_oob(f.media, ppa)).seq & OOB_LOST:
         return OOB_LOST
-    for tries in range(MOVE_TRIES):
+    for _ in range(MOVE_TRIES):
         if media_read_trouble(f.media, ppa) != MEDIA_UNRECOVERED:
             return 0
         f.read_failures += 1

@@ -409,7 +409,7 @@ cdef inline uint64_t needed_sectors(const ftl_t *f) noexcept nogil:
 cdef inline void retire_chunk(ftl_t *f, uint32_t chunk) noexcept nogil:
     """Have the chunk taken offline when its line is collected, if that does not end the spare space.
 
-    A margin of a line stays for chunks that fail for good: retiring is a precaution, and must not make the disk read-only.
+    A margin of two lines stays for chunks that fail for good: retiring is a precaution, and must not make the disk read-only.
     """
     cdef uint64_t line_sectors = <uint64_t>f.n_pus * f.media.geometry.sectors
     if not f.retire or not owns_chunk(f, chunk) or f.media.chunks[chunk].flags & CHUNK_RETIRED:

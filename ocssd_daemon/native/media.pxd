@@ -44,6 +44,12 @@ cdef enum:                      # chunk_t.flags: armed faults
     CHUNK_DIES = 4              # with FAIL_WRITE: the chunk goes offline at once
     CHUNK_RETIRED = 8           # the FTL takes it offline instead of erasing it
 
+cdef extern from *:
+    """
+    #define OCSSD_REFRESH_HELPS 0.75
+    """
+    const double REFRESH_HELPS "OCSSD_REFRESH_HELPS"    # a rewritten chunk has at most this share of the errors
+
 cdef enum:                      # media_t.flags
     MEDIA_EARLY_RESET = 1       # an OPEN chunk may be reset (pblk needs it)
     MEDIA_MULTI_RESET = 2       # a FREE chunk may be reset (MCCAP bit 1)
@@ -373,20 +379,22 @@ cdef inline int media_rules_read(media_t *m, uint64_t ppa) noexcept nogil:
         return MEDIA_OK
     if rule.action == FAULT_OFFLINE:
         chunk_go_offline(m, chunk)
-    if m.wear != NULL:
-        wear_note(m.wear, chunk, ppa_sector(m, ppa), NOTICE_UNRECOVERABLE)
     return MEDIA_UNRECOVERED
+
+
+cdef inline double media_error_mean(const media_t *m, const chunk_t *c) noexcept nogil:
+    """Expected raw bit errors of a sector of *c* now."""
+    cdef uint64_t age_ns = media_age_ns(m)
+    cdef double days = <double>(age_ns - c.programmed_ns if age_ns > c.programmed_ns else 0) / 86400e9
+    return wear_error_mean(m.wear, c.pe_cycles, c.pe_limit, c.reads, days)
 
 
 cdef inline int media_wear_read(media_t *m, uint64_t ppa) noexcept nogil:
     cdef uint32_t chunk = ppa_chunk(m, ppa)
-    cdef chunk_t *c = &m.chunks[chunk]
-    cdef uint64_t age_ns = media_age_ns(m)
-    cdef double days = <double>(age_ns - c.programmed_ns if age_ns > c.programmed_ns else 0) / 86400e9
     cdef int outcome
     if m.wear.ecc_bits == 0:
         return MEDIA_OK
-    outcome = wear_read(m.wear, wear_error_mean(m.wear, c.pe_cycles, c.pe_limit, c.reads, days))
+    outcome = wear_read(m.wear, media_error_mean(m, &m.chunks[chunk]))
     m.extra_ns += m.wear.extra_ns
     if outcome == READ_GOOD:
         return MEDIA_OK
@@ -434,10 +442,13 @@ cdef inline int media_check_write(const media_t *m, uint32_t chunk, uint32_t sec
 cdef inline bint media_refresh(media_t *m, uint32_t chunk) noexcept nogil:
     """The device itself rewrites a CLOSED chunk in place: one P/E cycle, and its data is young again.
 
-    Returns 0 when it does not: the setting is off, or the cycle would be the chunk's last. Spec: 2.0, log D0h, bit 4.
+    Returns 0 when it does not: the setting is off, the cycle would be the chunk's last, or it would not help, because wear
+    and not age or reads make the errors. Spec: 2.0, log D0h, bit 4.
     """
     cdef chunk_t *c = &m.chunks[chunk]
     if m.wear == NULL or not m.wear.refresh or c.state != CHUNK_CLOSED or (c.pe_limit and c.pe_cycles + 1 >= c.pe_limit):
+        return False
+    if wear_error_mean(m.wear, c.pe_cycles + 1, c.pe_limit, 0, 0) > REFRESH_HELPS * media_error_mean(m, c):
         return False
     if m.timing != NULL:
         timing_occupy(m.timing, chunk_pu(m, chunk), timing_rewrite_ns(m.timing, c.wp), 0)

@@ -18,13 +18,14 @@ from ocssd_daemon.native.media cimport (
     MEDIA_HIGH_ECC, MEDIA_VERY_HIGH_ECC, MEDIA_WRITE_FAULT, MEDIA_WRITE_NEXT_UNIT,
     chunk_t, media_check_write, media_copy, media_data, media_oob, media_program,
     media_read_trouble, media_readable, media_refresh, media_reset, media_sense, media_t, media_troubled,
-    media_wait_ended, ppa_chunk, ppa_of, store_reserve,
+    media_wait_ended, ppa_chunk, ppa_of, ppa_sector, store_reserve,
 )
 from ocssd_daemon.native.nvme_wire cimport (
     NVME_EMPTY_PAGE, NVME_HIGH_ECC_12, NVME_INVALID_FIELD, NVME_LBA_RANGE, NVME_OK, NVME_WRITE_FAILED_12,
     chunk_descriptor_t,
 )
 from ocssd_daemon.native.timing cimport timing_wait
+from ocssd_daemon.native.wear cimport NOTICE_UNRECOVERABLE, wear_note
 
 cdef enum:
     KIND_NONE = 0
@@ -325,6 +326,9 @@ cdef inline int read_trouble(flash_req_t *r, uint32_t i, uint64_t ppa) noexcept 
     cdef media_t *m = r.ns.media
     cdef uint64_t noticed = m.wear.noticed if m.wear != NULL else 0
     cdef int status = media_read_trouble(m, ppa)
+    if status == MEDIA_UNRECOVERED and m.wear != NULL:
+        # What a rule breaks is noted for the guest only: our FTL moves what it can read, and a rule may go away again.
+        wear_note(m.wear, ppa_chunk(m, ppa), ppa_sector(m, ppa), NOTICE_UNRECOVERABLE)
     if m.wear != NULL and m.wear.noticed != noticed and i < VECTOR_MAX:
         r.noted |= 1ull << i
         if status == MEDIA_VERY_HIGH_ECC:

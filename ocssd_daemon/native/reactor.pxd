@@ -147,6 +147,7 @@ ctypedef struct reactor_t:
     uint32_t fruitless          # times in a row that polling caught nothing
     uint32_t short_sleeps       # in a row
     uint32_t patience           # short sleeps until it polls for the full time again
+    uint64_t early_ns           # how long before a deadline a sleep ends: as long as waking up takes here
     uint8_t sleeping
     uint8_t bulk                # that of the last source which had work: then nothing is gained by polling
     uint64_t turns
@@ -155,7 +156,7 @@ ctypedef struct reactor_t:
     uint64_t reports_dropped
     uint64_t late_count
     uint64_t late_max_ns
-    uint64_t late_hist[64]      # log2 buckets of lateness in ns
+    uint64_t late_hist[256]     # of lateness in ns: four steps per power of two
 
 
 # --- life ---------------------------------------------------------------------------------------------------------
@@ -166,6 +167,7 @@ cdef inline int reactor_init(reactor_t *r, uint64_t poll_max_ns) noexcept nogil:
     r.poll_max_ns = poll_max_ns
     r.poll_ns = poll_max_ns
     r.patience = 1
+    r.early_ns = SLEEP_SLACK_NS
     pthread_mutex_init(&r.lock, NULL)
     r.epfd = epoll_create1(EPOLL_CLOEXEC)
     r.wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
@@ -439,13 +441,24 @@ cdef inline bint first_has_moved(reactor_t *r) noexcept nogil:
     return True
 
 
+cdef inline uint32_t late_bucket(uint64_t late_ns) noexcept nogil:
+    """The top three bits and where they stand: bucket b ends before ``late_bucket_end(b)``."""
+    cdef uint32_t shift = 0
+    if late_ns < 4:
+        return <uint32_t>late_ns
+    while late_ns >> shift >= 8:
+        shift += 1
+    return 4 * (shift + 1) + <uint32_t>(late_ns >> shift) - 4
+
+
+cdef inline uint64_t late_bucket_end(uint32_t bucket) noexcept nogil:
+    if bucket < 4:
+        return bucket + 1
+    return <uint64_t>(4 + bucket % 4 + 1) << (bucket // 4 - 1)
+
+
 cdef inline void count_lateness(reactor_t *r, uint64_t late_ns) noexcept nogil:
-    cdef uint32_t bucket = 0
-    cdef uint64_t v = late_ns
-    while v > 1:
-        v >>= 1
-        bucket += 1
-    r.late_hist[bucket & 63] += 1
+    r.late_hist[late_bucket(late_ns)] += 1
     r.late_count += 1
     if late_ns > r.late_max_ns:
         r.late_max_ns = late_ns
@@ -463,7 +476,7 @@ cdef inline int reactor_complete_due(reactor_t *r) noexcept nogil:
         if first_has_moved(r):
             continue
         top = heap_pop(r)
-        count_lateness(r, now - top.deadline_ns)
+        count_lateness(r, now_ns() - top.deadline_ns)       # not now: the completions before it took their time
         top.source.complete(top.source, top.a, top.b)
         n += 1
     return n
@@ -533,6 +546,14 @@ cdef inline void reactor_adapt(reactor_t *r, uint64_t slept_ns) noexcept nogil:
         r.patience = min(2 * r.patience, <uint32_t>PATIENCE_MAX)
 
 
+cdef inline void reactor_learn_wakeup(reactor_t *r, uint64_t late_ns) noexcept nogil:
+    """A timer fired *late_ns* after its time: sleep less at once if that was long, more little by little if it was short."""
+    if late_ns >= r.early_ns:
+        r.early_ns = min(late_ns + (late_ns >> 2), <uint64_t>EARLY_MAX_NS)
+    else:
+        r.early_ns -= (r.early_ns - max(late_ns, <uint64_t>EARLY_MIN_NS)) >> 6 if r.early_ns > EARLY_MIN_NS else 0
+
+
 cdef inline void reactor_sleep(reactor_t *r) noexcept nogil:
     """Wait for an fd, a wake-up or the next deadline; the lock is held on entry and on return."""
     cdef epoll_event events[REACTOR_FDS]
@@ -540,8 +561,8 @@ cdef inline void reactor_sleep(reactor_t *r) noexcept nogil:
     cdef uint64_t start = now_ns()
     cdef int n
     if r.heap_len:
-        # Timers fire late by the scheduler's slack: wake up early by that and spin the rest.
-        timeout_ns = <long long>r.heap[0].deadline_ns - <long long>start - SLEEP_SLACK_NS
+        # Timers fire late by what waking up takes: wake up early by that and spin the rest.
+        timeout_ns = <long long>r.heap[0].deadline_ns - <long long>start - <long long>r.early_ns
         if timeout_ns <= 0:
             return
     r.sleeping = 1
@@ -550,6 +571,8 @@ cdef inline void reactor_sleep(reactor_t *r) noexcept nogil:
     n = epoll_wait_ns(r.epfd, events, REACTOR_FDS, timeout_ns)
     pthread_mutex_lock(&r.lock)
     r.sleeping = 0
+    if n == 0 and timeout_ns > 0:
+        reactor_learn_wakeup(r, now_ns() - start - timeout_ns)
     if n > 0:
         r.wakeups_by_fd += reactor_take_fds(r, events, n)
         reactor_adapt(r, now_ns() - start)
@@ -559,6 +582,8 @@ cdef enum:
     FRUITLESS_MAX = 8
     PATIENCE_MAX = 1024
     SLEEP_SLACK_NS = 60000      # measured wake-up latency of epoll_pwait2 on a virtual machine: 50-60 us at p50
+    EARLY_MIN_NS = 20000
+    EARLY_MAX_NS = 400000       # a machine that wakes up later than this is busy: spinning would not help
 
 
 cdef inline void reactor_step_aside(reactor_t *r) noexcept nogil:

@@ -187,7 +187,6 @@ cdef inline void scan_chunk(ftl_t *f, uint32_t chunk, uint32_t *found, bint veri
         if not entry_is_good(f, oob, ppa, verify_data):
             continue
         seq = oob.seq & ~OOB_FLAGS
-        f.lost_sectors += (oob.seq & OOB_LOST) != 0
         f.seq = max(f.seq, seq)
         if found[oob.lba]:
             other = (<const oob_t *>media_oob(f.media, found[oob.lba] - 1)).seq & ~OOB_FLAGS
@@ -204,6 +203,7 @@ cdef inline int ftl_recover(ftl_t *f, bint trust_trims, bint verify_data) noexce
     """
     cdef uint32_t *found = <uint32_t *>calloc(f.capacity_sectors, sizeof(uint32_t))
     cdef uint32_t lba, pu, line
+    cdef uint64_t lost = 0
     if found == NULL:
         return RECOVERY_NO_MEMORY
     for pu in range(f.n_pus):
@@ -213,5 +213,8 @@ cdef inline int ftl_recover(ftl_t *f, bint trust_trims, bint verify_data) noexce
     for lba in range(f.capacity_sectors):
         if not trust_trims or f.l2p[lba]:
             f.l2p[lba] = found[lba]
+            if found[lba] and (<const oob_t *>media_oob(f.media, found[lba] - 1)).seq & OOB_LOST:
+                lost += 1
+    f.lost_sectors = max(f.lost_sectors, lost)
     free(found)
     return ftl_load_map(f)

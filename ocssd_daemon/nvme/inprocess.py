@@ -53,10 +53,10 @@ class Device:
     """OCSSD 2.0 flash in RAM, or in the image file *store*. Keyword arguments are the fields of the geometry.
 
     *early_reset*: an open chunk may be reset. *multi_reset*: a free one too. *dlfeat*: unwritten sectors read as zeroes
-    (1) or ones (2). *clock* ``virtual``: a command is issued at ``now_ns``, which is yours to set, and ends at ``done_ns``,
-    by the numbers of *latency*: the name of a profile, a profile file, or a dict of the settings ``latency.*``. ``real``:
-    nothing takes time. Acquires the image and its lock until ``close``, also by ``with``. Raises GeometryError,
-    StoreError, LatencyError.
+    (1) or ones (2). *clock* ``virtual``: a command is issued at ``now_ns``, which is yours to set, and ends at
+    ``done_ns``, by the numbers of *latency*: the name of a profile, a profile file, or a dict of the settings
+    ``latency.*``. ``real``: nothing takes time. Acquires the image and its lock until ``close``, also by ``with``.
+    Raises GeometryError, StoreError, LatencyError.
     """
 
     def __init__(self, *, store: str | None = None, early_reset: bool = True, multi_reset: bool = False,

@@ -153,13 +153,13 @@ def _measure(
     host.record()
     samples = [_sample(device, host)]
     busy = device.physics.timing.stats() if device.physics.timing else {}
-    started_s = time.perf_counter()
+    started_s, cpu_started_s = time.perf_counter(), time.process_time()
     for i, part in enumerate(parts):
         work(part)
         samples.append(_sample(device, host))
         progress(0.5 + 0.5 * (i + 1) / len(parts))
-    wall_s = time.perf_counter() - started_s
-    return _report(device, host, plan, samples, busy, wall_s)
+    wall_s, cpu_s = time.perf_counter() - started_s, time.process_time() - cpu_started_s
+    return _report(device, host, plan, samples, busy, wall_s) | {"cpu_seconds": cpu_s}
 
 
 def _report(

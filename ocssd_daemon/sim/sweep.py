@@ -37,6 +37,19 @@ PLAN_KEYS = {"workload": "workload", "trace": "trace", "qd": "depth", "fill": "f
              "ios": "ios", "warmup": "warmup", "seed": "seed"}  # fmt: skip
 
 
+_WHOLE, _REAL = int, (int, float)
+_MOST = 1 << 62
+_PLAN_RULES: dict[str, tuple[Any, Any, Any, str]] = {  # type, least, most, in words
+    "qd": (_WHOLE, 1, 65536, "a whole number from 1 to 65536"),
+    "fill": (_REAL, 0, 1, "a number from 0 to 1"),
+    "overwrites": (_REAL, 0, _MOST, "a number from 0"),
+    "ios": (_WHOLE, 1, _MOST, "a whole number from 1"),
+    "warmup": (_REAL, 0, _MOST, "a number from 0"),
+    "seed": (_WHOLE, 0, _MOST, "a whole number from 0"),
+    "trace": (str, "", "", "the path of a file"),
+}
+
+
 class SweepError(ValueError):
     """A sweep that cannot be; one line."""
 
@@ -88,6 +101,10 @@ def plan_of(point: Point) -> tuple[sets.Settings, run.Plan, frozenset[str]]:
     fields = {PLAN_KEYS[key]: value for key, value in point.items() if key in PLAN_KEYS}
     if ("workload" in fields) == ("trace" in fields):
         raise SweepError("name one of workload and trace")
+    for key, (kind, low, high, words) in _PLAN_RULES.items():
+        value = point.get(key, low)
+        if isinstance(value, bool) or not isinstance(value, kind) or (kind is not str and not low <= value <= high):
+            raise SweepError(f"{key} = {value}: must be {words}")
     if "workload" in fields:
         fields["workload"] = workloads.parse(str(fields["workload"]))
     return sets.build(layer), run.Plan(**fields), frozenset(layer)

@@ -13,9 +13,10 @@ from __future__ import annotations
 import gzip
 import io
 import re
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -180,6 +181,47 @@ def _msr(lines: Iterator[tuple[Place, str]]) -> Iterator[Request]:
 # Files.
 
 
+class _Zstd(io.RawIOBase):
+    """The content of all frames of a file. Raises EOFError if the last one is cut short, OSError if one is damaged."""
+
+    PIECE_BYTES = 1 << 17
+
+    def __init__(self, file: IO[bytes], zstandard: Any) -> None:
+        self._file, self._zstandard = file, zstandard
+        self._frame: Any = None  # the one being unpacked
+        self._packed, self._unpacked = b"", b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, target: Any) -> int:
+        while not self._unpacked:
+            self._packed = self._packed or self._file.read(self.PIECE_BYTES)
+            if not self._packed:
+                if self._frame is not None:
+                    raise EOFError("compressed file ends in the middle of a frame")
+                return 0
+            self._unpack()
+        n = min(len(target), len(self._unpacked))
+        target[:n], self._unpacked = self._unpacked[:n], self._unpacked[n:]
+        return n
+
+    def _unpack(self) -> None:
+        if self._frame is None:
+            self._frame = self._zstandard.ZstdDecompressor().decompressobj()
+        try:
+            self._unpacked = self._frame.decompress(self._packed)
+        except self._zstandard.ZstdError as error:
+            raise OSError(f"damaged: {error}") from None
+        self._packed = self._frame.unused_data if self._frame.eof else b""
+        if self._frame.eof:
+            self._frame = None
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
 def _open_zst(path: str) -> IO[bytes]:
     try:
         import zstandard
@@ -187,7 +229,7 @@ def _open_zst(path: str) -> IO[bytes]:
         raise TraceError(
             f"{path}: .zst needs the package zstandard (pip install 'ocssd-daemon[sim]')"
         ) from None
-    return zstandard.ZstdDecompressor().stream_reader(open(path, "rb"), closefd=True)
+    return io.BufferedReader(_Zstd(open(path, "rb"), zstandard))
 
 
 def _open_gz(path: str) -> IO[bytes]:
@@ -250,7 +292,7 @@ def load(path: str) -> Trace:
             except StopIteration:
                 raise TraceError(f"{path}: empty") from None
             trace = _arrays(list(_reader(place, first, lines)))
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise TraceError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     except UnicodeDecodeError:
         raise TraceError(

@@ -72,3 +72,28 @@ def test_many_held_replies_stop_the_reading_of_requests_not_the_server(slow: Nbd
         client.send(b"".join(client.request(nbd.READ, 0, 1 << 20) for _ in range(32)))  # twice the limit
         assert len(other.read(other.size_bytes - 4096, 4096)) == 4096
         assert all(len(client.reply().data) == 1 << 20 for _ in range(32))
+
+
+def test_a_write_is_answered_when_its_program_ends_after_a_read_that_came_later_has_suspended_it(
+    tmp_path: Path,
+) -> None:
+    """The reply of the write is held already when the read arrives, and moves back by what the read takes."""
+    program_ms, sense_ms = 80, 40
+    with nbd_server(
+        tmp_path,
+        latency__program_ns=program_ms * 10**6,
+        latency__sense_ns=sense_ms * 10**6,
+        latency__buffer_sectors=0,
+        latency__suspend=True,
+        geometry__groups=1,
+        geometry__pus=1,
+    ) as server, server.connect() as client:
+        unit = 8 * 4096
+        assert client.write(0, bytes(unit)) == 0
+        start = time.monotonic()
+        client.send(client.request(nbd.WRITE, unit, unit, cookie=1) + bytes(unit))
+        client.send(client.request(nbd.READ, 0, 4096, cookie=2))
+        ends = {client.reply().cookie: time.monotonic() - start for _ in range(2)}
+        assert list(ends) == [2, 1]
+        assert sense_ms <= ends[2] * 1000
+        assert program_ms + sense_ms <= ends[1] * 1000

@@ -106,7 +106,7 @@ def test_a_dask_cluster_gives_the_same_rows_as_local_processes(tmp_path: Path) -
     with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
         done = run_sweep(tmp_path / "dask", "--dask", cluster.scheduler_address)
     assert done.exit_code == 0, done.output
-    clock = {"wall_seconds", "placements_per_second", "ios_per_wall_second"}
+    clock = {"wall_seconds", "cpu_seconds", "placements_per_second", "ios_per_wall_second"}
     local, dask = (
         [{key: value for key, value in row.items() if key not in clock} for row in rows(tmp_path / side)]
         for side in ("local", "dask")
@@ -123,6 +123,11 @@ def test_a_dask_cluster_gives_the_same_rows_as_local_processes(tmp_path: Path) -
         ("[grid]\n'ftl.op' = [0.2]", "name one of workload and trace"),
         ("workload = 'random'", "workload random: must be randwrite"),
         ("workload = ", "Invalid value"),
+        ("workload = 'randwrite'\nqd = 'many'", "qd = many: must be a whole number from 1 to 65536"),
+        ("workload = 'randwrite'\n[grid]\nfill = [0.5, 2]", "fill = 2: must be a number from 0 to 1"),
+        ("workload = 'randwrite'\nios = 0", "ios = 0: must be a whole number from 1"),
+        ("workload = 'randwrite'\nwarmup = -1", "warmup = -1: must be a number from 0"),
+        ("trace = 7", "trace = 7: must be the path of a file"),
     ],
 )
 def test_a_sweep_that_cannot_be_is_refused_before_anything_runs(

@@ -166,3 +166,28 @@ def test_a_missing_file_and_a_broken_archive_are_one_line(tmp_path: Path) -> Non
     broken.write_bytes(gzip.compress(FIO.encode())[:20])
     with pytest.raises(TraceError, match=r"broken\.gz: "):
         traces.load(str(broken))
+
+
+def test_archives_that_are_damaged_or_cut_short_are_refused_and_never_read_in_part(tmp_path: Path) -> None:
+    zstandard = requires_zstandard()
+    text = "fio version 2 iolog\n" + "".join(f"f write {4096 * i} 4096\n" for i in range(50_000))
+    packed = zstandard.ZstdCompressor(level=1, write_checksum=True).compress(text.encode())
+    lines = text.encode().splitlines(keepends=True)
+    first = zstandard.ZstdCompressor().compress(b"".join(lines[:1000]))  # cut at its end the lines would look whole
+    damaged = bytearray(gzip.compress(text.encode()))
+    damaged[len(damaged) // 2] ^= 0xFF
+    for name, content in (
+        ("cut.zst", packed[: len(packed) // 2]),
+        ("cut-tail.zst", packed[:-1]),
+        ("junk.zst", b"hello world " * 100),
+        ("cut-second.zst", first + packed[:20]),
+        ("damaged.gz", bytes(damaged)),
+    ):
+        path = tmp_path / name
+        path.write_bytes(content)
+        with pytest.raises(TraceError, match=name):
+            traces.load(str(path))
+    both = tmp_path / "two-frames.zst"
+    rest = zstandard.ZstdCompressor().compress(b"".join(lines[1000:]))
+    both.write_bytes(first + rest)
+    assert len(traces.load(str(both)).ops) == 50_000

@@ -213,6 +213,27 @@ def test_with_suspension_a_pu_is_busy_for_all_that_it_does(asked: list[tuple[int
         assert sum(b - a for a, b in t.busy(pu)) == sum(cost[entry.what] for entry in entries)
 
 
+@given(commands, st.booleans())
+@settings(max_examples=200)
+def test_a_channel_is_busy_for_all_that_it_carries(asked: list[tuple[int, str, int, int]], suspend: bool) -> None:
+    at_once = [(0, what, pu, row) for _, what, pu, row in asked[:60]]  # nothing is forgotten, no gap given up
+    t = timing(suspend=suspend, suspend_ns=5)
+    at_once = [(0, what, pu, row) for _, what, pu, row in asked[:60]]  # nothing is forgotten, and no gap given up
+    carried = {0: 0, 1: 0}
+    for entry, (_, _, pu, _) in zip(flat(issue(t, at_once), at_once), at_once, strict=True):
+        carried[pu // 2] += {"sense": 7, "program": 56, "erase": 0}[entry.what]
+    for channel, ns in carried.items():
+        slots = t.channel_busy(channel)
+        assert overlapping(slots) == []
+        assert sum(b - a for a, b in slots) == ns
+
+
+def flat(told: dict[int, list[Told]], asked: list[tuple[int, str, int, int]]) -> list[Told]:
+    """What was told, in the order of *asked*."""
+    rest = {pu: iter(entries) for pu, entries in told.items()}
+    return [next(rest[pu]) for _, _, pu, _ in asked]
+
+
 def test_an_end_that_was_told_moves_when_a_later_read_interrupts_it() -> None:
     t = timing(suspend=True, suspend_ns=5)
     t.begin(0)

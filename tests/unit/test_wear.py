@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from ocssd_daemon._physics import Wear
+from ocssd_daemon._physics import Wear, age_of
 from ocssd_daemon.device import Device, DeviceError
 from ocssd_daemon.nand import aging
 from ocssd_daemon.nand.aging import AgingError
@@ -80,6 +83,68 @@ def test_old_data_of_a_worn_drive_needs_retries_and_young_data_does_not() -> Non
 
     assert retried("0d") == 0
     assert retried("365d") > 400
+
+
+DAY_NS = 86_400_000_000_000
+AGING = ("wear.pe_limit=1000", "wear.ecc_bits=40", "wear.rber=1e-5", "wear.retention_factor=1")
+
+
+class WallClock:
+    """Time of day that a test sets."""
+
+    def __init__(self) -> None:
+        self.now_ns = 1_800_000_000 * 10**9
+
+    def __call__(self) -> int:
+        return self.now_ns
+
+
+def age_days(flash: Device) -> int:
+    return round(age_of(flash.media) / DAY_NS)
+
+
+@pytest.mark.parametrize("how", ["stopped", "killed"])
+def test_data_ages_while_the_daemon_is_down(tmp_path: Path, how: str) -> None:
+    wall = WallClock()
+    path = tmp_path / "image"
+
+    def start(*more: str) -> Device:
+        layers = from_assignments((*SMALL, *AGING, f"store={path}", *more))
+        return Device(build(layers), frozenset(), "real", wall)
+
+    flash = start("age=retention=100d")
+    flash.disk.write(0, bytes(4096))
+    assert age_days(flash) == 100
+    wall.now_ns += 10 * DAY_NS  # while it runs: its own clock says that no time has passed
+    if how == "killed":
+        copy = tmp_path / "copy"
+        shutil.copyfile(path, copy)
+        flash.close()
+        path = copy
+    else:
+        flash.close()
+    wall.now_ns += 30 * DAY_NS
+    flash = start()
+    assert age_days(flash) == (140 if how == "killed" else 130)
+    flash.close()
+    wall.now_ns += 7 * DAY_NS
+    flash = start("wear.shelf=false")
+    assert age_days(flash) == (140 if how == "killed" else 130)
+    flash.close()
+    wall.now_ns -= 1000 * DAY_NS  # somebody has set the clock back
+    flash = start()
+    assert age_days(flash) == (140 if how == "killed" else 130)
+    flash.close()
+
+
+def test_a_raw_device_without_wear_remembers_its_age_too(tmp_path: Path) -> None:
+    wall = WallClock()
+    texts = (*SMALL, "ftl.pus=none", f"store={tmp_path / 'image'}")
+    Device(build(from_assignments(texts)), frozenset(), "real", wall).close()
+    wall.now_ns += 5 * DAY_NS
+    flash = Device(build(from_assignments(texts)), frozenset(), "real", wall)
+    assert age_days(flash) == 5
+    flash.close()
 
 
 @pytest.mark.parametrize(
