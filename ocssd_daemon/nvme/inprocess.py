@@ -26,7 +26,7 @@ from numpy.typing import ArrayLike, NDArray
 from ocssd_daemon._fast import Media
 from ocssd_daemon._nvme import Flash
 from ocssd_daemon.nand.geometry import Geometry, validate
-from ocssd_daemon.nand.store import Store, open_file, open_ram
+from ocssd_daemon.nand.store import Store, boot_id, open_file, open_ram
 
 from ..protocol.nvme import ocssd20
 from ..protocol.nvme.status import describe
@@ -54,6 +54,7 @@ class Device:
         wanted = validate(msgspec.convert(shape, Geometry))
         self._store: Store = open_ram(wanted) if store is None else open_file(store, wanted, bool(shape))
         self.geometry = self._store.geometry
+        self._store.save_superblock(boot_id=boot_id())      # used from now on: nothing else may take it for fresh
         self._media = Media(self._store, early_reset=early_reset, multi_reset=multi_reset)
         self._namespace = raw_namespace("ocssd20", 1, self._media, dlfeat=dlfeat)
         self._flash = Flash(self._namespace, np.zeros(self.geometry.total_pus, np.uint8))

@@ -91,10 +91,15 @@ def read_faults(path: str, g: Geometry, *, sectors: bool) -> NDArray[Any]:
     return np.array(rows, FAULT_DTYPE)
 
 
-def apply_chunk_states(path: str, media: Any) -> None:
-    """Set states, wear and write pointers of chunks. The caller starts the reactor afterwards."""
+def apply_chunk_states(path: str, media: Any, owned: NDArray[np.uint8] | None = None) -> None:
+    """Set states, wear and write pointers of chunks. The caller starts the reactor afterwards.
+
+    *owned*, one per PU, marks those of the host FTL: it keeps books of its own, so their chunks are refused.
+    """
     for place, words in _lines(path):
         chunks = _chunks(place, words, media.geometry)
+        if owned is not None and any(owned[chunk // media.geometry.chunks] for chunk in chunks):
+            raise StateFileError(f"{place}: the host FTL owns this parallel unit (ftl.pus)")
         fields = _chunk_fields(place, words, media.geometry)
         for name, value in fields.items():
             media.chunks[name][chunks] = value
@@ -124,13 +129,19 @@ def _checked_wp(place: str, state: ChunkState, wp: int, sectors: int) -> int:
     return wp
 
 
-def apply_bad_blocks(path: str, namespace: Any) -> None:
-    """The reference's table: one raw byte per block and plane, LUN by LUN; non-zero is bad. No file: all are good."""
+def apply_bad_blocks(path: str, namespace: Any, owned: NDArray[np.uint8] | None = None) -> None:
+    """The reference's table: one raw byte per block and plane, LUN by LUN; non-zero is bad. No file: all are good.
+
+    What it says of blocks of the host FTL (*owned*, one per PU) is not taken.
+    """
     if not Path(path).exists():
         return
     raw = np.frombuffer(Path(path).read_bytes(), np.uint8)
     if len(raw) < namespace.chunk_count:
         raise StateFileError(f"{path}: {len(raw)} bytes; a byte for each of {namespace.chunk_count} blocks is needed")
     flags = namespace.media.chunks["flags"]
-    here = slice(namespace.chunk_base, namespace.chunk_base + namespace.chunk_count)
-    flags[here] = flags[here] & 0x0F | (raw[:namespace.chunk_count] != 0).astype(np.uint8) << 4
+    here = np.arange(namespace.chunk_base, namespace.chunk_base + namespace.chunk_count)
+    bad = raw[:namespace.chunk_count] != 0
+    if owned is not None:
+        bad &= owned[here // namespace.media.geometry.chunks] == 0
+    flags[here] = flags[here] & 0x0F | bad.astype(np.uint8) << 4

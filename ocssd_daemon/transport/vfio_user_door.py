@@ -20,6 +20,9 @@ from ocssd_daemon.transport.vfio_user import VfioUserServer
 log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from ocssd_daemon.device import Device
     from ocssd_daemon.settings import NvmeSettings
     from ocssd_daemon.transport.listen import Listener
@@ -61,7 +64,7 @@ def _nvme_device(device: Device) -> NvmeDevice:
     store_uuid = device.store.superblock.uuid if device.settings.store else ""
     namespaces = namespaces_of(nvme, device.media, disk, store_uuid=store_uuid)
     with device.reactor.paused():
-        _set_states(nvme, device.media, namespaces)
+        _set_states(nvme, device.media, namespaces, device.ftl_owns)
     return NvmeDevice(
         device.reactor, config_of(nvme, time.monotonic), namespaces, device.ftl_owns,
         mapped_doorbells=nvme.doorbells == "mapped",
@@ -71,12 +74,12 @@ def _nvme_device(device: Device) -> NvmeDevice:
     )
 
 
-def _set_states(nvme: NvmeSettings, media: Any, namespaces: list[Namespace]) -> None:
+def _set_states(nvme: NvmeSettings, media: Any, namespaces: list[Namespace], owned: NDArray[np.uint8]) -> None:
     if nvme.chunk_state_file is not None:
-        apply_chunk_states(nvme.chunk_state_file, media)
+        apply_chunk_states(nvme.chunk_state_file, media, owned)
     for namespace in namespaces:
         if nvme.bad_block_file is not None and isinstance(namespace, Ocssd12Namespace):
-            apply_bad_blocks(nvme.bad_block_file, namespace)
+            apply_bad_blocks(nvme.bad_block_file, namespace, owned)
 
 
 def _faults(path: str | None, device: Device, *, sectors: bool) -> Any:

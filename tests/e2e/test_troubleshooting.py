@@ -41,7 +41,7 @@ def test_what_is_said_of_images_and_sockets_that_are_taken(tmp_path: Path) -> No
     foreign.write_bytes(b"my thesis")
     ReferenceWriter(old)
     nbd = f"unix:{tmp_path}/nbd"
-    with daemon(tmp_path, "--nbd", nbd, "--store", image):
+    with daemon(tmp_path, "--nbd", nbd, "--store", image, "--size", "64M"):
         for arguments, says in (
             (["--nbd", "unix:-", "--store", image], "in use by another process"),
             (["--nbd", nbd], "a running server listens there"),
