@@ -10,6 +10,7 @@ import struct
 from ocssd_daemon._physics import Faults, Wear, attach_faults, attach_wear
 from ocssd_daemon.nand import faults
 from ocssd_daemon.nand.wear import Model
+from tests.nvme.test_long_commands import LARGE
 from tests.nvme.test_rules20 import CHUNK, fill, run, sectors
 
 STATUS = 0x7FF  # without the DNR and More bits
@@ -81,3 +82,17 @@ def test_what_ecc_and_retries_cannot_recover_is_an_error_and_notified(start):
     give_wear(target, mean=500, retries=2, retry_gain=0.9)
     assert host.vector_read(run(0, 4))[0].status & STATUS == 0x281
     assert notices(host) == [(0, 1 << 3)]
+
+
+def test_verify_finds_what_cannot_be_recovered_on_a_disk_and_on_flash(start):
+    target, host = start(("block", "ocssd20"), geometry=LARGE)
+    for slba in (5000, 200):                    # 5000 lies in a later piece than the first; 200 pushes it to the flash
+        assert host.write_blocks(slba, sectors(64)).status == 0
+    verify = struct.pack("<QH", 300, 8191)
+    assert host.io(0x0C, dwords=verify).status == 0
+    give_rules(target, "on=read do=fail")
+    assert host.io(0x0C, dwords=struct.pack("<QH", 5000, 0)).status & STATUS == 0x281
+    assert host.io(0x0C, dwords=struct.pack("<QH", 1000, 99)).status == 0       # nothing is written there
+    assert host.io(0x0C, dwords=verify).status & STATUS == 0x281
+    written = int(target.media.chunks["wp"].argmax())                           # the raw view of the same flash
+    assert host.io(0x0C, 2, dwords=struct.pack("<QH", written << 10, 0)).status & STATUS == 0x281
