@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 Counters = Mapping[str, int | float]
 Clock = Literal["real", "virtual"]
+NO_DISK = "ftl.pus: the host FTL owns no parallel unit, so there is no disk to serve"
 
 
 class DeviceError(ValueError):
@@ -95,7 +96,7 @@ class Device:
     def disk(self) -> Disk:
         """The block view. Raises DeviceError when the host FTL owns nothing."""
         if self.target is None:
-            raise DeviceError("ftl.pus: the host FTL owns no parallel unit, so there is no disk to serve")
+            raise DeviceError(NO_DISK)
         return self.target.disk
 
     # The reactor: one named thread, which runs without the GIL.
@@ -192,12 +193,16 @@ def _open_store(settings: Settings, named: frozenset[str], keep_data: bool) -> S
 
 def _owned_pus(settings: Settings, total: int) -> list[int]:
     """The PUs of the host FTL; with ``auto`` all of them, unless a raw namespace is all that is served."""
-    raw_only = settings.nvme.socket is not None and "block" not in settings.nvme.namespaces
+    block_namespace = settings.nvme.socket is not None and "block" in settings.nvme.namespaces
+    raw_only = settings.nvme.socket is not None and not block_namespace
     block_doors = settings.vhost.socket is not None or bool(settings.nbd.listen)
     try:
-        return owned_pus(settings.ftl.pus, total, disk_is_served=block_doors or not raw_only)
+        owned = owned_pus(settings.ftl.pus, total, disk_is_served=block_doors or not raw_only)
     except ValueError as error:
         raise DeviceError(str(error)) from None
+    if not owned and (block_doors or block_namespace):
+        raise DeviceError(NO_DISK)
+    return owned
 
 
 def _open_media(settings: Settings, store: Store) -> Media:

@@ -236,10 +236,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "geometry.chunks": 64,
         "geometry.sectors": 64,
     },
-    "pblk-20": {  # what Linux's pblk likes: many lines, and a write unit that fits MDTS
+    "pblk-20": {  # what Linux's pblk likes: many lines, a write unit that fits MDTS, and to read all that it wrote
         "geometry.chunks": 128,
         "geometry.sectors": 512,
-        "geometry.mw_cunits": 24,
+        "geometry.mw_cunits": 0,
         "nvme.namespaces": ["ocssd20"],
     },
     "pblk-12": {  # two planes: a block of the guest is two chunks, a flash page is ws_min sectors

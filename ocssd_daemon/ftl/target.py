@@ -22,6 +22,7 @@ from ocssd_daemon.nand.store import Store, StoreError, boot_id
 
 log = logging.getLogger(__name__)
 
+CHUNK_CLOSED, CHUNK_OPEN = 2, 4
 SPARE_LINES = 4  # open lines of both frontiers, one that GC moves into, one being collected
 
 
@@ -107,6 +108,19 @@ def _check_owned(store: Store, owned: list[int]) -> None:
         raise StoreError(f"{store.path}: its disk lies on PUs {had}, ftl.pus names {owned}; name the same ones")
 
 
+def _check_not_raw(store: Store, owned: list[int]) -> None:
+    """Flash that a guest wrote as raw flash is not taken for free: the FTL would erase it."""
+    before = store.superblock
+    if before.is_fresh or before.capacity_sectors:
+        return
+    states = store.chunks["state"].reshape(store.geometry.total_pus, -1)[owned]
+    if ((states == CHUNK_OPEN) | (states == CHUNK_CLOSED)).any():
+        raise StoreError(
+            f"{store.path}: holds raw flash that was written (vfio-user, import, or the Python API); the host FTL would "
+            "erase it: name other PUs with ftl.pus, format its namespace first, or use another file"
+        )
+
+
 def open_target(
     store: Store,
     *,
@@ -128,6 +142,7 @@ def open_target(
     """
     owned = list(range(store.geometry.total_pus)) if pus is None else pus
     _check_owned(store, owned)
+    _check_not_raw(store, owned)
     media = Media(store, early_reset=early_reset, multi_reset=multi_reset)
     known = store.superblock.capacity_sectors
     capacity = known or capacity_of(store.geometry, op, op_is_exact, len(owned))

@@ -19,7 +19,7 @@ from ocssd_daemon.native.media cimport (
 )
 from ocssd_daemon.native.nvme_dptr cimport dptr_walk, guest_copy_in, guest_copy_out, pieces_t
 from ocssd_daemon.native.nvme_flash cimport (
-    FIELD_CHUNK, KIND_BLOCK, KIND_OCSSD12, KIND_OCSSD20, VECTOR_MAX,
+    FIELD_CHUNK, FIELD_PLANE, KIND_BLOCK, KIND_OCSSD12, KIND_OCSSD20, VECTOR_MAX,
     address_of, flash_copy, flash_locate, flash_ns_t, flash_read, flash_req_t, flash_reset, flash_write,
 )
 from ocssd_daemon.native.nvme_wire cimport (
@@ -150,12 +150,17 @@ cdef inline int check_vector_write(io_t *io) noexcept nogil:
     return NVME_READ_ONLY if status == NVME_OK and io.ns.read_only else status
 
 
+cdef inline uint32_t plane_count(const io_t *io) noexcept nogil:
+    """Planes that an erase takes: the plane mode of 1.2 (0 single, 1 dual, 2 quad; 3, of eight, is no plane mode)."""
+    return 1u << (io.s.cdw12 >> 16 & 3) if io.ns.kind == KIND_OCSSD12 else 1
+
+
 cdef inline int check_vector_reset(io_t *io) noexcept nogil:
     cdef int status = check_vector(io)
     if io.ns.kind == KIND_OCSSD20 and io.s.mptr:
         io.oob_address = io.s.mptr
         io.oob_bytes = <uint64_t>io.n * DESCRIPTOR_BYTES
-    if status == NVME_OK and (io.s.cdw12 >> 16 & 3) == 3 and io.ns.kind == KIND_OCSSD12:
+    if status == NVME_OK and io.ns.kind == KIND_OCSSD12 and plane_count(io) > io.ns.flash.fields[FIELD_PLANE].count:
         return NVME_INVALID_FIELD
     return NVME_READ_ONLY if status == NVME_OK and io.ns.read_only else status
 
@@ -483,12 +488,6 @@ cdef inline int raw_compare(io_t *io) noexcept nogil:
         if not same_bytes(&c, io.q.block, sector_bytes):
             return NVME_COMPARE_FAILURE
     return NVME_OK
-
-
-cdef inline uint32_t plane_count(const io_t *io) noexcept nogil:
-    """Planes that the erase covers: the plane mode of 1.2, at most what the namespace has."""
-    cdef uint32_t planes = io.ns.flash.fields[1].count
-    return min(1u << (io.s.cdw12 >> 16 & 3), planes) if io.ns.kind == KIND_OCSSD12 else 1
 
 
 cdef inline int raw_reset(io_t *io) noexcept nogil:

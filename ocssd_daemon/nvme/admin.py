@@ -216,8 +216,8 @@ def _set_bad_blocks(controller: Controller, command: Container, data: bytes) -> 
     listed = [int.from_bytes(data[i:i + LIST_ENTRY_BYTES], "little") for i in range(0, len(data),
                                                                                     LIST_ENTRY_BYTES)]
     ppas = listed or [body.ppa]
-    indices = [raw12.block_of(namespace, ppa) for ppa in ppas]
-    known = [index for index in indices if index is not None]
+    indices, foreign = [raw12.block_of(namespace, ppa) for ppa in ppas], controller.foreign_pus()
+    known = [index for index in indices if index is not None and not raw12.is_foreign(namespace, index, foreign)]
     if body.value not in raw12.SETTABLE or len(known) != len(indices):
         return fail(Status.INVALID_FIELD)
     controller.queues.mark_blocks(namespace, known, ocssd12.BlockState(body.value))

@@ -131,8 +131,14 @@ CNS: dict[int, Callable[[Any, int, Container], Answer]] = {
 }
 
 
+_OF_A_COMMAND_SET = frozenset({Cns.NAMESPACE_CSI, Cns.CONTROLLER_CSI, Cns.ACTIVE_NAMESPACES_CSI})
+
+
 def identify(controller: Controller, command: Container) -> Answer:
+    """There is one command set, NVM (CSI 0)."""
     body = IdentifyCommand.parse(command.dwords)
     handler = CNS.get(body.cns)
+    if body.cns in _OF_A_COMMAND_SET and body.csi:
+        return fail(Status.INVALID_FIELD)
     return handler(controller, command.nsid, body) if handler else fail(Status.INVALID_FIELD)
 

@@ -35,7 +35,7 @@ from ocssd_daemon._nvme import Flash
 from ocssd_daemon._physics import Timing, attach_timing
 from ocssd_daemon.nand.geometry import Geometry, validate
 from ocssd_daemon.nand.latency import Latency, resolve
-from ocssd_daemon.nand.store import Store, open_file, open_ram
+from ocssd_daemon.nand.store import Store, boot_id, open_file, open_ram
 
 from ..protocol.nvme import ocssd20
 from ..protocol.nvme.status import describe
@@ -69,6 +69,7 @@ class Device:
         wanted = validate(msgspec.convert(shape, Geometry))
         self._store: Store = open_ram(wanted) if store is None else open_file(store, wanted, bool(shape))
         self.geometry = self._store.geometry
+        self._store.save_superblock(boot_id=boot_id())      # used from now on: nothing else may take it for fresh
         self._media = Media(self._store, early_reset=early_reset, multi_reset=multi_reset)
         self._namespace = raw_namespace("ocssd20", 1, self._media, dlfeat=dlfeat)
         self._flash = Flash(self._namespace, np.zeros(self.geometry.total_pus, np.uint8))
@@ -105,13 +106,20 @@ class Device:
     # ---- what there is ------------------------------------------------------------------------------------
 
     def identify(self) -> dict[str, Any]:
-        """The geometry structure that a guest gets (admin command E2h), by the specification's names."""
+        """The geometry structure that a guest gets (admin command E2h), by the specification's names.
+
+        Counts are plain, times in ns; ``mccap`` has bit 0 vector copy, 1 reset of free chunks, 2 reset of open ones.
+        """
         raw = geometry(self._namespace, wear_threshold=0, times_ns=dict(zip(TIMES, FLASH_TIMES_NS, strict=True)))
         parsed = ocssd20.Geometry.parse(raw)
         return {name: value for name, value in parsed.items() if isinstance(value, int)}
 
     def chunk_log(self) -> NDArray[Any]:
-        """One record per chunk, ordered chunk, PU, group: state, type, wear_index, slba, cnlb, wp. A copy."""
+        """One record per chunk, ordered chunk, PU, group: shape ``(groups * pus * chunks,)``. A copy.
+
+        ``state`` 1 free, 2 closed, 4 open, 8 offline; ``type`` 1 sequential, 2 random; ``wear_index`` 0 to 255;
+        ``slba`` its first address; ``cnlb`` sectors; ``wp`` sectors from its start, all ones where there is none.
+        """
         return chunk_log(self._namespace, np.zeros(self.geometry.total_pus, bool))
 
     def lba(self, group: int = 0, pu: int = 0, chunk: int = 0, sector: int | Iterable[int] = 0) -> NDArray[np.uint64]:
@@ -134,14 +142,24 @@ class Device:
     # ---- commands: up to 64 addresses each ----------------------------------------------------------------
 
     def write(self, lbas: ArrayLike, data: ArrayLike, oob: ArrayLike | None = None) -> tuple[int, int]:
-        """Vector write. *data* is uint8 of shape (n, sector_bytes), *oob* (n, oob_bytes) or None to leave it alone."""
+        """Vector write: ``(status, failed)``.
+
+        *lbas*: n addresses, 1 to 64. *data*: uint8 of shape (n, sector_bytes). *oob*: uint8 (n, oob_bytes), or None to
+        leave what is there. A write that breaks a rule does nothing: 280h outside, closed, offline or past the end,
+        2F2h not at the write pointer, 002h no multiple of ws_min. One that the flash fails closes its chunk (2F1h).
+        Raises ValueError for arrays of another shape or dtype.
+        """
         addresses = _addresses(lbas)
         sectors = _rows(data, len(addresses), self.geometry.sector_bytes, "data")
         extra = None if oob is None else _rows(oob, len(addresses), self.geometry.oob_bytes, "oob")
         return self._flash.write(addresses, sectors, extra)
 
     def read(self, lbas: ArrayLike) -> tuple[int, int, NDArray[np.uint8], NDArray[np.uint8]]:
-        """Vector read: ``(status, failed, data, oob)``, shapes (n, sector_bytes) and (n, oob_bytes)."""
+        """Vector read: ``(status, failed, data, oob)``, uint8 of shapes (n, sector_bytes) and (n, oob_bytes).
+
+        What is not written, or lies less than mw_cunits before the write pointer, reads as *dlfeat* says, with an OOB
+        of FFh; with ``set_dulbe`` it fails with 287h. 281h: the flash cannot recover it. Raises ValueError.
+        """
         addresses = _addresses(lbas)
         data = np.zeros((len(addresses), self.geometry.sector_bytes), np.uint8)
         oob = np.zeros((len(addresses), self.geometry.oob_bytes), np.uint8)
@@ -149,11 +167,19 @@ class Device:
         return status, failed, data, oob
 
     def reset(self, lbas: ArrayLike) -> tuple[int, int]:
-        """Vector reset: erases the chunk of each address."""
+        """Vector reset: erases the chunk of each address (any sector of it): ``(status, failed)``.
+
+        Every address is tried. 2C0h offline; 2C1h outside, not to be reset in its state, or failed, and then the chunk
+        is offline. Raises ValueError.
+        """
         return self._flash.reset(_addresses(lbas))
 
     def copy(self, sources: ArrayLike, targets: ArrayLike) -> tuple[int, int]:
-        """Vector copy, data and OOB; *targets* obey the rules of a write."""
+        """Vector copy of n sectors, data and OOB: ``(status, failed)``.
+
+        *targets* obey the rules of a write; all sources must be readable (281h, or 287h with ``set_dulbe``), or
+        nothing is done. Raises ValueError.
+        """
         origin, addresses = _addresses(sources), _addresses(targets)
         if len(origin) != len(addresses):
             raise ValueError(f"{len(origin)} sources for {len(addresses)} targets")
@@ -170,14 +196,19 @@ def _timing(latency: str | Mapping[str, Any], geometry: Geometry) -> Timing | No
 
 
 def _addresses(lbas: ArrayLike) -> NDArray[np.uint64]:
-    addresses = np.ascontiguousarray(np.atleast_1d(lbas), np.uint64)
-    if addresses.ndim != 1 or not 1 <= addresses.size <= MAX_ADDRESSES:
-        raise ValueError(f"{addresses.size} addresses: 1 to {MAX_ADDRESSES}")
-    return addresses
+    given = np.atleast_1d(lbas)
+    if given.ndim != 1 or not 1 <= given.size <= MAX_ADDRESSES:
+        raise ValueError(f"addresses have shape {given.shape}: 1 to {MAX_ADDRESSES} in a row")
+    if given.dtype.kind not in "ui" or (given.dtype.kind == "i" and given.min() < 0):
+        raise ValueError(f"addresses are {given.dtype}: must be integers from 0")
+    return np.ascontiguousarray(given, np.uint64)
 
 
 def _rows(given: ArrayLike, count: int, width: int, what: str) -> NDArray[np.uint8]:
-    rows = np.ascontiguousarray(given, np.uint8)
+    """*given* as it is: other types would lose bytes silently."""
+    rows = np.asarray(given)
     if rows.shape != (count, width):
         raise ValueError(f"{what} has shape {rows.shape}, expected {(count, width)}")
-    return rows
+    if rows.dtype != np.uint8:
+        raise ValueError(f"{what} has dtype {rows.dtype}, expected uint8")
+    return np.ascontiguousarray(rows)

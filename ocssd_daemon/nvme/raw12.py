@@ -68,6 +68,11 @@ def block_of(namespace: RawNamespace, ppa: int) -> int | None:
     return lun * namespace.media.geometry.chunks + parts["chunk"] * namespace.planes + parts["plane"]
 
 
+def is_foreign(namespace: RawNamespace, index: int, foreign: np.ndarray) -> bool:
+    """Does somebody else own the LUN of this chunk (counted within the namespace)?"""
+    return bool(foreign[(namespace.chunk_base + index) // namespace.media.geometry.chunks])
+
+
 def lun_states(namespace: RawNamespace, lun: int, foreign: np.ndarray) -> np.ndarray:
     """One BlockState per block and plane of *lun*, as uint8."""
     g = namespace.media.geometry

@@ -20,6 +20,9 @@ from ocssd_daemon.transport.vfio_user import VfioUserServer
 log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from ocssd_daemon.device import Device
     from ocssd_daemon.settings import NvmeSettings
     from ocssd_daemon.transport.listen import Listener
@@ -61,14 +64,14 @@ def _nvme_device(device: Device) -> NvmeDevice:
     store_uuid = device.store.superblock.uuid if device.settings.store else ""
     namespaces = namespaces_of(nvme, device.media, disk, store_uuid=store_uuid)
     with device.reactor.paused():
-        _mark_bad_blocks(nvme, namespaces)
+        _mark_bad_blocks(nvme, namespaces, device.ftl_owns)
     return NvmeDevice(
         device.reactor, config_of(nvme, time.monotonic), namespaces, device.ftl_owns,
         mapped_doorbells=nvme.doorbells == "mapped", wear_threshold=nvme.wear_threshold,
     )
 
 
-def _mark_bad_blocks(nvme: NvmeSettings, namespaces: list[Namespace]) -> None:
+def _mark_bad_blocks(nvme: NvmeSettings, namespaces: list[Namespace], owned: NDArray[np.uint8]) -> None:
     for namespace in namespaces:
         if nvme.bad_block_file is not None and isinstance(namespace, Ocssd12Namespace):
-            apply_bad_blocks(nvme.bad_block_file, namespace)
+            apply_bad_blocks(nvme.bad_block_file, namespace, owned)

@@ -45,6 +45,23 @@ def test_identify_answers_each_structure_or_refuses(host, cns, nsid, status):
     assert read_identify(host, cns, nsid)[0] == status
 
 
+@pytest.mark.parametrize(("cns", "csi", "status"), [(5, 0, 0), (6, 0, 0), (7, 0, 0), (5, 2, 0x4002), (6, 2, 0x4002),
+                                                    (7, 1, 0x4002)])
+def test_there_is_one_command_set(host, cns, csi, status):
+    at = host.allocate(PAGE)
+    assert host.admin(0x06, 0 if cns == 7 else 1, data=at, dwords=struct.pack("<II", cns, csi << 24)).status == status
+
+
+def test_a_namespace_says_its_identity_in_descriptors_that_last(host):
+    """CNS 03h: NGUID, UUID, and the command set; the same at every start with the same serial."""
+    raw, found = read_identify(host, 3, 2)[1], {}
+    while raw[0]:
+        found[raw[0]] = raw[4:4 + raw[1]]
+        raw = raw[4 + raw[1]:]
+    assert {kind: len(value) for kind, value in found.items()} == {2: 16, 3: 16, 4: 1}
+    assert found[4] == b"\0"
+
+
 def test_the_list_of_namespaces_starts_after_the_given_one(host):
     assert struct.unpack_from("<4I", read_identify(host, 2, 1)[1]) == (2, 3, 0, 0)
 

@@ -270,6 +270,19 @@ def test_an_import_that_is_interrupted_leaves_nothing(
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
+def test_what_a_killed_import_left_is_no_image_and_in_nobodys_way(tmp_path: Path) -> None:
+    writer = ReferenceWriter(tmp_path / "src")
+    (tmp_path / "ours.part").write_bytes(b"half an image")
+    good("import", writer.path, tmp_path / "ours")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ours", "src"]
+
+
+def test_a_zero_filled_file_may_become_an_image(tmp_path: Path) -> None:
+    writer = ReferenceWriter(tmp_path / "src")
+    (tmp_path / "ours").write_bytes(bytes(1 << 20))
+    assert good("import", writer.path, tmp_path / "ours")["sectors"] == 0
+
+
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -64,6 +64,43 @@ def test_arrays_of_a_wrong_shape_are_refused(ssd, data, oob):
         ssd.write(ssd.lba(sector=range(4)), data, oob)
 
 
+@pytest.mark.parametrize(("lbas", "says"), [
+    ([], "shape"), ([[1, 2]], "shape"), (list(range(65)), "1 to 64"), ([-1], "integers from 0"), ([0.5], "integers"),
+])
+def test_addresses_that_cannot_be_are_refused(ssd, lbas, says):
+    for call in (ssd.read, ssd.reset, lambda a: ssd.copy(a, a)):
+        with pytest.raises(ValueError, match=says):
+            call(lbas)
+
+
+def test_an_array_of_another_type_is_refused_instead_of_cut(ssd):
+    lbas = ssd.lba(sector=range(4))
+    with pytest.raises(ValueError, match="data has dtype float64"):
+        ssd.write(lbas, np.zeros((4, 4096)))
+    with pytest.raises(ValueError, match="oob has dtype int64"):
+        ssd.write(lbas, rows(4, 4096, 0), np.zeros((4, 16), np.int64))
+    with pytest.raises(ValueError, match="2 sources for 1 targets"):
+        ssd.copy(lbas[:2], lbas[:1])
+
+
+def test_the_statuses_of_the_documentation(ssd):
+    """Each that the docstrings name, made to happen."""
+    data, full = rows(4, 4096, 1), rows(64, 4096, 2)
+    first = ssd.lba(sector=range(4))
+    outside = np.arange(4, dtype=np.uint64) + (1 << 40)
+    assert ssd.write(outside, data)[0] == 0x280
+    assert ssd.write(first + 4, data)[0] == 0x2F2
+    assert ssd.write(first[:3], data[:3])[0] == 0x002
+    assert ssd.write(ssd.lba(chunk=1, sector=range(64)), full) == (0, 0)
+    assert ssd.write(ssd.lba(chunk=1, sector=range(4)), data)[0] == 0x280
+    assert ssd.reset(outside[:1])[0] == ssd.reset(ssd.lba(chunk=2))[0] == 0x2C1
+    assert ssd.copy(first, ssd.lba(chunk=3, sector=range(4)))[0] == 0x281
+    assert ssd.read(first)[0] == 0
+    assert (ssd.read(first)[3] == 0xFF).all()
+    ssd.set_dulbe(True)
+    assert ssd.copy(first, ssd.lba(chunk=3, sector=range(4)))[0] == 0x287
+
+
 def test_an_image_keeps_the_flash(tmp_path):
     path = str(tmp_path / "flash")
     with Device(store=path, **SHAPE) as ssd:

@@ -125,7 +125,7 @@ CreateCq = Struct(
 
 Abort = Struct("sqid" / Int16ul, "cid" / Int16ul, Padding(20))
 
-IdentifyCommand = Struct("cns" / Int8ul, Padding(1), "cntid" / Int16ul, Padding(20))
+IdentifyCommand = Struct("cns" / Int8ul, Padding(1), "cntid" / Int16ul, Padding(3), "csi" / Int8ul, Padding(16))
 
 GetLogPage = Struct(
     "lid" / Int8ul, "lsp_rae" / Int8ul,     # LSP in bits 0–3, RAE in bit 7
