@@ -54,6 +54,9 @@ struct used_element { uint32_t id, len; };
 struct used_ring { uint16_t flags, idx; struct used_element ring[QUEUE_SIZE]; uint16_t avail_event; };
 struct blk_header { uint32_t type, reserved; uint64_t sector; };
 
+/* Non-blocking, as the eventfds of QEMU, libblkio and SPDK are: signalling one can then never hold the server up. */
+#define EVENT_FLAGS (EFD_CLOEXEC | EFD_NONBLOCK)
+
 /* One request's own guest memory, apart from its data. */
 struct slot_memory { struct descriptor table[3]; struct blk_header header; volatile uint8_t status; uint8_t pad[63]; };
 
@@ -283,7 +286,7 @@ static char *lay_out_queue(struct client *c, struct queue *q, char *at)
     q->slots = (void *)at, at += page_up(sizeof *q->slots * c->depth);
     q->data = at, at += page_up((size_t)c->block_bytes * c->depth);
     q->requests = calloc(c->depth, sizeof *q->requests);
-    q->kick_fd = eventfd(0, EFD_CLOEXEC);
+    q->kick_fd = eventfd(0, EVENT_FLAGS);
     for (uint32_t slot = 0; slot < c->depth; slot++) lay_out_slot(c, q, slot);
     return at;
 }
@@ -430,7 +433,7 @@ int main(int argc, char **argv)
     }
     if (!path || !w.depth || w.depth * 3 > QUEUE_SIZE || !c.queues || w.block_bytes % 512) die("bad options; needs --socket, depth 1..42");
     c.block_bytes = w.block_bytes, c.depth = w.depth;
-    c.call_fd = eventfd(0, EFD_CLOEXEC);
+    c.call_fd = eventfd(0, EVENT_FLAGS);
     connect_to(&c, path);
     negotiate(&c);
     allocate_memory(&c);

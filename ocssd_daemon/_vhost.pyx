@@ -59,12 +59,6 @@ _BLOCK_WRITABLE = (vblk.VIRTIO_BLK_F_DISCARD, vblk.VIRTIO_BLK_F_WRITE_ZEROES)
 _CONFIG = struct.Struct("<Q II HBB I BBHI BBH III II B 3x")
 
 
-cdef int _refuse(const char *refusal) except -1:
-    if refusal != NULL:
-        raise ValueError((<bytes>refusal).decode())
-    return 0
-
-
 cdef class VhostDevice:
     cdef vhost_t *dev
     cdef readonly Disk disk
@@ -105,6 +99,13 @@ cdef class VhostDevice:
     cdef void _unlock(self) noexcept:
         reactor_unlock(self.dev.reactor)
 
+    cdef int _answer(self, const char *refusal) except -1:
+        """Give the lock back; a refusal becomes a ValueError."""
+        self._unlock()
+        if refusal != NULL:
+            raise ValueError((<bytes>refusal).decode())
+        return 0
+
     cdef vhost_queue_t *_queue(self, index) except NULL:
         """The queue, with the lock taken."""
         if not 0 <= index < self.num_queues:
@@ -126,9 +127,7 @@ cdef class VhostDevice:
     def set_features(self, uint64_t features):
         cdef uint64_t offered = self.device_features
         self._lock()
-        cdef const char *refusal = vhost_set_features(self.dev, features, offered)
-        self._unlock()
-        _refuse(refusal)
+        self._answer(vhost_set_features(self.dev, features, offered))
 
     def config(self):
         self._check_open()
@@ -179,16 +178,14 @@ cdef class VhostDevice:
         self._lock()
         with nogil:
             refusal = vhost_mem_add(self.dev, gpa, size, user_addr, mmap_offset, fd)
-        self._unlock()
-        _refuse(refusal)
+        self._answer(refusal)
 
     def mem_remove(self, uint64_t gpa, uint64_t size, uint64_t user_addr):
         cdef const char *refusal
         self._lock()
         with nogil:
             refusal = vhost_mem_remove(self.dev, gpa, size, user_addr)
-        self._unlock()
-        _refuse(refusal)
+        self._answer(refusal)
 
     def mem_commit(self):
         self._lock()
@@ -199,23 +196,18 @@ cdef class VhostDevice:
 
     def vring_num(self, index, uint64_t num):
         cdef vhost_queue_t *queue = self._queue(index)
-        cdef const char *refusal = vhost_vring_num(self.dev, queue, num)
-        self._unlock()
-        _refuse(refusal)
+        self._answer(vhost_vring_num(self.dev, queue, num))
 
     def vring_addr(self, index, uint32_t flags, uint64_t desc, uint64_t used, uint64_t avail, uint64_t log):
         cdef vhost_queue_t *queue = self._queue(index)
         cdef const char *refusal
         with nogil:
             refusal = vhost_vring_addr(self.dev, queue, flags, desc, used, avail, log)
-        self._unlock()
-        _refuse(refusal)
+        self._answer(refusal)
 
     def vring_base(self, index, uint64_t value):
         cdef vhost_queue_t *queue = self._queue(index)
-        cdef const char *refusal = vhost_vring_base(self.dev, queue, value)
-        self._unlock()
-        _refuse(refusal)
+        self._answer(vhost_vring_base(self.dev, queue, value))
 
     def vring_get_base(self, index):
         cdef vhost_queue_t *queue = self._queue(index)
@@ -230,20 +222,15 @@ cdef class VhostDevice:
         cdef const char *refusal
         with nogil:
             refusal = vhost_vring_kick(self.dev, queue, fd)
-        self._unlock()
-        _refuse(refusal)
+        self._answer(refusal)
 
     def vring_call(self, index, int fd):
         cdef vhost_queue_t *queue = self._queue(index)
-        cdef const char *refusal = vhost_vring_call(self.dev, queue, fd)
-        self._unlock()
-        _refuse(refusal)
+        self._answer(vhost_vring_call(self.dev, queue, fd))
 
     def vring_err(self, index, int fd):
         cdef vhost_queue_t *queue = self._queue(index)
-        cdef const char *refusal = vhost_vring_err(self.dev, queue, fd)
-        self._unlock()
-        _refuse(refusal)
+        self._answer(vhost_vring_err(self.dev, queue, fd))
 
     def vring_enable(self, index, bint enable):
         cdef vhost_queue_t *queue = self._queue(index)
@@ -255,9 +242,7 @@ cdef class VhostDevice:
 
     def log_base(self, int fd, uint64_t size, uint64_t offset):
         self._lock()
-        cdef const char *refusal = vhost_log_base(self.dev, fd, size, offset)
-        self._unlock()
-        _refuse(refusal)
+        self._answer(vhost_log_base(self.dev, fd, size, offset))
 
     def inflight_get(self, uint64_t num_queues, uint64_t queue_size):
         self._lock()
@@ -265,17 +250,14 @@ cdef class VhostDevice:
         cdef uint64_t size = 0
         if refusal == NULL:
             size = vhost_inflight_bytes(self.dev, num_queues, queue_size)
-        self._unlock()
-        _refuse(refusal)
+        self._answer(refusal)
         fd = os.memfd_create("ocssd-inflight", os.MFD_CLOEXEC)
         os.ftruncate(fd, size)
         return fd, size, 0
 
     def inflight_set(self, int fd, uint64_t mmap_size, uint64_t offset, uint64_t num_queues, uint64_t queue_size):
         self._lock()
-        cdef const char *refusal = vhost_inflight_set(self.dev, fd, mmap_size, offset, num_queues, queue_size)
-        self._unlock()
-        _refuse(refusal)
+        self._answer(vhost_inflight_set(self.dev, fd, mmap_size, offset, num_queues, queue_size))
 
     # ---- the whole device ----------------------------------------------------------------------------------------
 

@@ -64,6 +64,7 @@ class Daemon:
         self._cleanup = contextlib.ExitStack()  # files that must not outlive the daemon
         self._pidfile: Pidfile | None = None
         self._stopping = trio.Event()
+        self._was_ready = False
         self._tasks: Tasks
 
     async def main(self) -> int:
@@ -140,7 +141,7 @@ class Daemon:
             return
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._ask_for_time)
-            await trio.to_thread.run_sync(self.device.close)
+            await trio.to_thread.run_sync(self.device.close if self._was_ready else self.device.abandon)
             nursery.cancel_scope.cancel()
 
     async def _ask_for_time(self) -> None:
@@ -243,6 +244,7 @@ class Daemon:
             await self._tasks.start("companions", self._watch_parent)
         if self._pidfile is not None:
             self._pidfile.write()
+        self._was_ready = True
         log.info(
             kv(
                 "ready",

@@ -92,6 +92,16 @@ class Device:
             self.target.close()
         self.store.close()
 
+    def abandon(self) -> None:
+        """Close after a start that failed: a file that it formatted is again what it was, if nobody wrote."""
+        written = self.media.stats()["sectors_written"]
+        if self.ftl is not None:
+            written += self.ftl.stats()["user_sectors_written"]
+        if self.store.was_formatted and not written:
+            self.store.abandon()
+        else:
+            self.close()
+
     @property
     def disk(self) -> Disk:
         """The block view. Raises DeviceError when the host FTL owns nothing."""

@@ -23,6 +23,7 @@ from ocssd_daemon import __version__
 from ocssd_daemon.cli.check_geometry import check_geometry
 from ocssd_daemon.cli.fault import fault
 from ocssd_daemon.cli.images import create, import_image
+from ocssd_daemon.cli.output import OneLineErrorsGroup
 from ocssd_daemon.cli.simulate import simulate
 from ocssd_daemon.cli.sweep import sweep
 from ocssd_daemon.control import schema
@@ -126,7 +127,7 @@ def _cell(value: Any) -> str:
 # Commands: one per method that takes no parameters; others get a function of their own.
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group("ocssd", cls=OneLineErrorsGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--control", envvar="OCSSD_CONTROL", metavar="PATH", help="Control socket; default: the only one.")
 @click.version_option(__version__, prog_name="ocssd")
 @click.pass_context

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import resource
 import sys
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -17,6 +18,7 @@ import click
 
 from ocssd_daemon import __version__
 from ocssd_daemon import settings as sets
+from ocssd_daemon.cli.output import OneLineErrors
 from ocssd_daemon.log import LEVELS, configure, kv
 
 if TYPE_CHECKING:
@@ -104,7 +106,11 @@ def _print_capabilities(context: click.Context, parameter: click.Parameter, want
         context.exit()
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.command(
+    "ocssd-daemon",
+    cls=OneLineErrors,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+)
 @click.option(
     "--socket",
     "--socket-path",
@@ -196,6 +202,7 @@ def _serve(settings: sets.Settings, flags: dict[str, Any], named: frozenset[str]
         on_ready=_show_attach if flags["show_attach"] else None,
         named=named,
     )
+    _allow_descriptors()
     try:
         passed = inherited()
         _check_ways(settings, options, passed)
@@ -206,6 +213,12 @@ def _serve(settings: sets.Settings, flags: dict[str, Any], named: frozenset[str]
         fail(str(error), 1)
     except KeyboardInterrupt:
         return 130
+
+
+def _allow_descriptors() -> None:
+    """As many as the system lets us have: a virtqueue takes three, and the usual soft limit is 1024."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _check_ways(settings: sets.Settings, options: Any, passed: dict[str, Any]) -> None:

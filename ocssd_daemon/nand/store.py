@@ -126,6 +126,11 @@ class Store:
     def is_fresh(self) -> bool:
         return self.superblock.is_fresh
 
+    @property
+    def was_formatted(self) -> bool:
+        """Did this start make an image of the file?"""
+        return self._bytes_before is not None
+
     def format_chunks(self) -> None:
         """Every chunk FREE and sequential; nothing else of a fresh image needs to be written."""
         self.chunks["type"] = CHUNK_SEQUENTIAL

@@ -14,7 +14,7 @@ from libc.string cimport memcpy, memset
 from ocssd_daemon.native.ftl cimport (
     NO_PPA, ftl_lookup, ftl_program_buffers, ftl_sense, ftl_t, ftl_trim, may_be_lost,
 )
-from ocssd_daemon.native.gc cimport ftl_commit, ftl_read_fails, ftl_slot, host_sync
+from ocssd_daemon.native.gc cimport ftl_commit, ftl_pay, ftl_read_fails, ftl_slot, host_sync
 from ocssd_daemon.native.media cimport media_begin, media_data, media_done_ns
 from ocssd_daemon.native.sys cimport copies_end, copy_past_cache, iovec, prefetch
 from ocssd_daemon.native.timing cimport timing_wait_for
@@ -57,6 +57,16 @@ cdef inline int disk_end(disk_t *d, int failed) noexcept nogil:
     """Note when the request ends; failures end at once. Returns *failed*."""
     d.done_at_ns = 0 if failed else media_done_ns(d.ftl.media)
     return failed
+
+
+cdef inline void disk_answer_first(disk_t *d) noexcept nogil:
+    """From here to ``disk_pay`` writes leave GC's share for later: answers go out first. Not where time is simulated."""
+    d.ftl.pays_later = d.ftl.media.timing == NULL
+
+
+cdef inline void disk_pay(disk_t *d) noexcept nogil:
+    ftl_pay(d.ftl)
+    d.ftl.pays_later = False
 
 
 cdef inline int disk_check(const disk_t *d, uint64_t offset, uint64_t length) noexcept nogil:

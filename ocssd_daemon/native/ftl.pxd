@@ -157,6 +157,7 @@ ctypedef struct ftl_t:
     uint64_t gc_runs
     uint64_t wear_runs
     uint32_t unpaced            # user sectors written since GC was paid
+    bint pays_later             # the caller pays when it has answered (ftl_pay), so that nobody waits for GC
     uint64_t stalls             # writes that had to wait for a whole line to be collected
     uint64_t chunks_failed
     uint64_t chunks_erased

@@ -36,6 +36,7 @@ cdef extern from "unistd.h" nogil:
 cdef enum:
     WEAR_EVERY = 8              # at most one victim in so many is chosen for wear instead of for space
     RANDOM_TRIES = 8            # random victims in a row that may free too little
+    LATER_UNITS = 4             # who pays later owes at most so many units
     RATE_CAP = 64               # most moves that one user sector pays for; the reserve covers the rest
 
 
@@ -531,10 +532,16 @@ cdef inline uint32_t ftl_slot(ftl_t *f) noexcept nogil:
     return f.user.ppa + f.user.fill
 
 
-cdef inline void ftl_commit(ftl_t *f, uint32_t lba) noexcept nogil:
-    """The user's data is in place at ``ftl_slot``: make it *lba*, and pay GC for each full unit."""
-    commit_user(f, lba)
-    f.unpaced += 1
+cdef inline void ftl_pay(ftl_t *f) noexcept nogil:
+    """Pay GC for what was written since the last time, if that is a unit or more."""
     if f.unpaced >= f.unit:
         gc_pace(f, f.unpaced)
         f.unpaced = 0
+
+
+cdef inline void ftl_commit(ftl_t *f, uint32_t lba) noexcept nogil:
+    """The user's data is in place at ``ftl_slot``: make it *lba*, and pay GC for each full unit, or let a few add up."""
+    commit_user(f, lba)
+    f.unpaced += 1
+    if f.unpaced >= (LATER_UNITS * f.unit if f.pays_later else f.unit):
+        ftl_pay(f)

@@ -11,6 +11,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 from ocssd_daemon.native.chain cimport FAULT_MEMORY_LOST, FAULT_NONE
 from ocssd_daemon.native.dirtylog cimport dirtylog_t
+from ocssd_daemon.native.disk cimport disk_answer_first, disk_pay
 from ocssd_daemon.native.foreign cimport foreign_t
 from ocssd_daemon.native.gmem cimport gmem_poisoned, gmem_t
 from ocssd_daemon.native.lookahead cimport look_ahead, lookahead_t
@@ -196,11 +197,13 @@ cdef inline int vhost_poll(source_t *source, int budget) noexcept nogil:
     if self.live_count == 0:
         return 0
     self.blk.turn_bytes = VBLK_TURN_BYTES
+    disk_answer_first(self.blk.disk)
     position = self.turn
     self.turn = position + 1 if position + 1 < self.live_count else 0
     for _i in range(self.live_count):
         done += vhost_serve(self, self.live[position], budget if budget < self.share else self.share)
         position = position + 1 if position + 1 < self.live_count else 0
+    disk_pay(self.blk.disk)
     if gmem_poisoned(&self.memory):
         vhost_lose_memory(self)
     if self.lists_stale:

@@ -36,8 +36,9 @@ class Served:
     def nbd_uri(self) -> str:
         return f"nbd+unix:///?socket={self._nbd}"
 
-    def start(self) -> None:
-        self._daemon = self._life.enter_context(daemon(self._directory, *self._arguments))
+    def start(self, *more: str) -> None:
+        """Start it, with *more* arguments than before, which may contradict earlier ones."""
+        self._daemon = self._life.enter_context(daemon(self._directory, *self._arguments, *more))
 
     def stop(self) -> None:
         """End it as a service manager does, and require a clean exit."""

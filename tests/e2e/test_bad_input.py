@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.kit.daemon import daemon, run_daemon
+from tests.kit.daemon import daemon, run_client, run_daemon
 
 
 def complaint(*arguments: str | Path, code: int, **options: Any) -> str:
@@ -114,6 +115,42 @@ def test_one_bad_door_closes_those_that_were_open(tmp_path: Path) -> None:
     said = complaint("--nbd", f"unix:{tmp_path}/a", "--nbd", f"unix:{tmp_path}/none/b", code=1)
     assert said == f"unix:{tmp_path}/none/b: No such file or directory"
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("bytes_before", [None, 0, 1 << 20], ids=["missing", "empty", "zeros"])
+def test_a_door_that_cannot_open_leaves_no_image_behind(tmp_path: Path, bytes_before: int | None) -> None:
+    image = tmp_path / "flash.img"
+    if bytes_before is not None:
+        image.touch()
+        os.truncate(image, bytes_before)
+    said = complaint("--nbd", f"unix:{tmp_path}/none/nbd", "--store", image, "--size", "256M", code=1)
+    assert said == f"unix:{tmp_path}/none/nbd: No such file or directory"
+    assert (image.stat().st_size if image.exists() else None) == bytes_before
+
+
+def test_a_door_that_cannot_open_leaves_an_image_with_data_as_good_as_it_was(tmp_path: Path) -> None:
+    image = tmp_path / "flash.img"
+    with daemon(tmp_path, "--nbd", f"unix:{tmp_path}/nbd", "--store", image, "--size", "256M"):
+        pass
+    complaint("--nbd", f"unix:{tmp_path}/none/nbd", "--store", image, code=1)
+    with daemon(tmp_path, "--nbd", f"unix:{tmp_path}/nbd", "--store", image) as again:
+        assert again.ask("info")["disk"]["started"] == "checkpoint"
+
+
+@pytest.mark.parametrize("arguments", [["--print-capabilities"], ["--help"]])
+def test_a_daemon_whose_output_cannot_be_written_says_so_in_one_line(arguments: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        done = run_daemon(*arguments, capture_output=False, stdout=full, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (1, "ocssd-daemon: standard output: No space left on device\n")
+
+
+@pytest.mark.parametrize("arguments", [["stats"], ["info", "-o", "json"], ["--help"]])
+def test_a_client_whose_output_cannot_be_written_says_so_in_one_line(tmp_path: Path, arguments: list[str]) -> None:
+    with daemon(tmp_path, "--nbd", f"unix:{tmp_path}/nbd", "--size", "256M") as running, open("/dev/full", "w") as full:
+        done = run_client(
+            "--control", str(running.control), *arguments, capture_output=False, stdout=full, stderr=subprocess.PIPE
+        )
+    assert (done.returncode, done.stderr) == (1, "ocssd: standard output: No space left on device\n")
 
 
 def test_a_directory_without_permission_is_one_line(tmp_path: Path) -> None:

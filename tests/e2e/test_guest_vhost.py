@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from ocssd_daemon.nand.geometry import Geometry
+from ocssd_daemon.nand.store import open_file
 from tests.e2e.jobs import FIO, check_file_system, churn, fill, make_file_system
 from tests.e2e.serve import Served, serve
 from tests.kit.guest import Guest, run_guest, stock_guest, vhost_user_blk
@@ -39,13 +41,19 @@ def test_every_vcpu_gets_a_queue_and_io_from_all_of_them_verifies(tmp_path: Path
     qemu = host_qemu()
     job = f"""
 test "$(ls /sys/block/vda/mq | wc -l)" = 4
+test "$(cat /sys/block/vda/serial)" = "drive 7"
 test "$(cat /sys/block/vda/queue/logical_block_size)" = 512
 test "$(cat /sys/block/vda/queue/physical_block_size)" = 4096
 {FIO} --filename=/dev/vda --size=8M --rw=randwrite --bsrange=512-64k --iodepth=16 --cpus_allowed=0-3 \\
     --cpus_allowed_policy=split --offset_increment=8M --numjobs=4 --name=jobs
 """
-    with serve(tmp_path, "--size", f"{FLASH_MIB}M") as daemon:
-        run_guest(job, disk(daemon, qemu, queues=4), qemu=qemu, vcpus=4)
+    job += """
+dd if=/dev/urandom of=/dev/vda bs=1M count=4 conv=fsync
+blkdiscard --zeroout --offset 1M --length 2M /dev/vda
+test "$(dd if=/dev/vda bs=1M skip=1 count=2 | tr -d '\\0' | wc -c)" = 0
+"""
+    with serve(tmp_path, "--size", f"{FLASH_MIB}M", "--set", "vhost.serial=drive 7") as daemon:
+        run_guest(job, disk(daemon, qemu, queues=6), qemu=qemu, vcpus=4)  # more queues than the guest has vCPUs
         assert daemon.stats()["transports"]["vhost-user"]["errors"] == 0
 
 
@@ -134,6 +142,7 @@ def test_io_goes_on_and_verifies_when_the_daemon_is_killed_and_started_again(
     qemu = find_qemu()  # type: ignore[operator]
     load = f"{FIO} --name=load --filename=/dev/vda --size=64M --rw=randwrite --bs=4k --iodepth=32 --fsync=512"
     job = f"""
+echo "write through" > /sys/block/vda/cache_type
 echo LOAD-STARTS
 {load} --rate_iops=2500 --do_verify=0
 echo WRITTEN; read go
@@ -154,21 +163,75 @@ echo WRITTEN; read go
         guest.send("go")
         guest.finish()
         assert daemon.stats()["transports"]["vhost-user"]["errors"] == 0
+        daemon.stop()
+        assert kept_write_cache(tmp_path / "flash.img") is False  # each daemon went on as the guest had chosen
+        daemon.start()
 
 
-def test_a_guest_saved_under_load_goes_on_in_another_qemu(tmp_path: Path) -> None:
-    qemu, state = host_qemu(), tmp_path / "state"
+def kept_write_cache(image: Path) -> bool:
+    store = open_file(str(image), Geometry())
+    try:
+        return store.superblock.write_cache
+    finally:
+        store.close()
+
+
+def test_a_guest_sees_at_once_that_the_disk_has_another_size_after_a_restart(tmp_path: Path) -> None:
+    qemu = host_qemu()
+    job = """
+small=$(cat /sys/block/vda/size); echo "IS $small"
+while test "$(cat /sys/block/vda/size)" = "$small"; do sleep 0.1; done
+echo "BECAME $(cat /sys/block/vda/size)"
+dd if=/dev/zero of=/dev/vda bs=512 count=8 seek=$(($(cat /sys/block/vda/size) - 8)) oflag=direct
+"""
+    with (
+        serve(tmp_path, "--size", "64M") as daemon,
+        Guest(job, disk(daemon, qemu, reconnect=True), qemu=qemu) as guest,
+    ):
+        guest.wait_for("IS ")
+        daemon.kill()
+        daemon.start("--size", "128M")
+        guest.finish()
+
+
+def test_memory_that_is_plugged_in_while_the_disk_works_is_mapped(tmp_path: Path) -> None:
+    qemu = current_qemu()
+    load = f"{FIO} --name=load --filename=/dev/vda --size=24M --rw=randwrite --bs=4k --iodepth=32 --rate_iops=1000"
+    job = f"echo LOAD-STARTS; {load} --do_verify=0; {load} --verify_only"
+    with (
+        serve(tmp_path, "--size", f"{FLASH_MIB}M") as daemon,
+        Guest(job, [*disk(daemon, qemu), "-m", "slots=2,maxmem=2G"], qemu=qemu) as guest,
+        guest.qmp() as qmp,
+    ):
+        guest.wait_for("LOAD-STARTS")
+        daemon.wait_for_sectors_written(1000)
+        backend = {"qom-type": "memory-backend-memfd", "id": "more", "share": True, "size": 128 << 20}
+        qmp.execute("object-add", **backend)
+        qmp.execute("device_add", driver="pc-dimm", id="dimm", memdev="more")
+        guest.finish()
+        assert daemon.stats()["transports"]["vhost-user"]["errors"] == 0
+
+
+@pytest.mark.parametrize(
+    ("find_qemu", "options"),
+    [(host_qemu, {}), (current_qemu, {"packed": True, "properties": "inflight-migration=on"})],
+    ids=["host", "current-with-inflight-region"],
+)
+def test_a_guest_saved_under_load_goes_on_in_another_qemu(
+    tmp_path: Path, find_qemu: object, options: dict[str, object]
+) -> None:
+    qemu, state = find_qemu(), tmp_path / "state"  # type: ignore[operator]
     load = f"{FIO} --name=load --filename=/dev/vda --size=24M --rw=randwrite --bs=4k --iodepth=32 --rate_iops=1000"
     job = f"echo LOAD-STARTS; {load} --do_verify=0; {load} --verify_only; echo VERIFIED"
     with serve(tmp_path, "--size", f"{FLASH_MIB}M") as daemon:
-        with Guest(job, disk(daemon, qemu), qemu=qemu) as source, source.qmp() as qmp:
+        with Guest(job, disk(daemon, qemu, **options), qemu=qemu) as source, source.qmp() as qmp:
             source.wait_for("LOAD-STARTS")
             daemon.wait_for_sectors_written(1000)
             qmp.save_state(state)
             assert "VERIFIED" not in source.console
             qmp.execute("quit")
             source.wait_until_off()
-        with Guest(job, disk(daemon, qemu), qemu=qemu, resume_from=state) as target:
+        with Guest(job, disk(daemon, qemu, **options), qemu=qemu, resume_from=state) as target:
             target.finish()
             assert "LOAD-STARTS" not in target.console
 

@@ -124,7 +124,5 @@ def run_client(
 
 
 def _run(command: Sequence[str], env: Mapping[str, str] | None, **options: Any) -> subprocess.CompletedProcess[str]:
-    options = {"stdin": subprocess.DEVNULL, "timeout": READY_S, **options}
-    return subprocess.run(
-        command, capture_output=True, text=True, check=False, env=environment(**(env or {})), **options
-    )
+    options = {"stdin": subprocess.DEVNULL, "timeout": READY_S, "capture_output": True, **options}
+    return subprocess.run(command, text=True, check=False, env=environment(**(env or {})), **options)

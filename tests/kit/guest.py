@@ -245,9 +245,10 @@ def vhost_user_blk(
     packed: bool = False,
     reconnect: bool = False,
     name: str = "disk0",
+    properties: str = "",
 ) -> list[str]:
-    """QEMU arguments that attach the vhost-user-blk device served at *socket*."""
-    device = f"vhost-user-blk-pci,id={name},chardev={name}-socket,num-queues={queues}"
+    """QEMU arguments that attach the vhost-user-blk device served at *socket*; *properties* as QEMU spells them."""
+    device = f"vhost-user-blk-pci,id={name},chardev={name}-socket,num-queues={queues}{properties and ','}{properties}"
     chardev = qemu.socket_chardev(f"{name}-socket", socket, reconnect)
     return [*chardev, "-device", device + (",packed=on" if packed else "")]
 

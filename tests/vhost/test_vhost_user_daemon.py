@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import socket
+from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 import trio
@@ -10,8 +14,9 @@ import trio
 from ocssd_daemon.protocol.vhost_user import messages as m
 from ocssd_daemon.protocol.vhost_user.wire import CONFIG_WCE_OFFSET as WCE
 from ocssd_daemon.protocol.vhost_user.wire import Request
+from ocssd_daemon.transport.vhost_user_live import DEFAULT_LIMITS
 from tests.kit.blk_driver import IN, lay_out
-from tests.kit.daemon import daemon
+from tests.kit.daemon import Daemon, daemon
 from tests.kit.vhost_disk import completed, read, write
 from tests.kit.vhost_frontend import Frontend
 from tests.kit.virtqueue import Packed, Split
@@ -74,6 +79,78 @@ async def test_a_listening_socket_may_be_inherited(tmp_path):
                     await frontend.connect(str(path))
                     await frontend.start()
                     await write(frontend, 0, DATA)
+
+
+async def test_as_many_queues_as_the_hard_limit_of_descriptors_allows(tmp_path):
+    path, queues = tmp_path / "vhost.sock", 200
+    limits = ["prlimit", "--nofile=256:4096"]
+    with ExitStack() as life:
+        life.callback(resource.setrlimit, resource.RLIMIT_NOFILE, raise_descriptor_limit(1000))
+        life.enter_context(
+            daemon(tmp_path, "--socket", str(path), "--set", f"vhost.num_queues={queues}", *SMALL, wrapper=limits)
+        )
+        frontend = life.enter_context(Frontend(num_rings=queues))
+        await frontend.connect(str(path))
+        await frontend.start()
+        await write(frontend, 0, DATA)
+        assert await read(frontend, 0, len(DATA)) == DATA
+
+
+STORM = 1000
+
+
+async def test_VU_51_a_thousand_connections_that_say_nothing_hold_nothing(tmp_path):
+    path = tmp_path / "vhost.sock"
+    with daemon(tmp_path, "--socket", str(path), *SMALL) as attacked, Frontend() as frontend, ExitStack() as held:
+        held.callback(resource.setrlimit, resource.RLIMIT_NOFILE, raise_descriptor_limit(2 * STORM))
+        await frontend.connect(str(path))
+        await frontend.start()
+        before = descriptors_of(attacked)
+        for _ in range(STORM):
+            await connect_silently(path, held)
+        await write(frontend, 0, DATA)
+        assert await read(frontend, 0, len(DATA)) == DATA
+        assert descriptors_of(attacked) <= before + DEFAULT_LIMITS.waiting_max + 1
+        frontend.disconnect()
+        with Frontend() as another:
+            await another.connect(str(path))
+            await another.start()
+            await write(another, 0, DATA)
+
+
+async def test_VU_51_a_storm_of_connections_that_come_and_go_leaves_nothing(tmp_path):
+    path = tmp_path / "vhost.sock"
+    with daemon(tmp_path, "--socket", str(path), *SMALL) as attacked, Frontend() as frontend:
+        await frontend.connect(str(path))
+        before = descriptors_of(attacked)
+        for _ in range(STORM):
+            with ExitStack() as brief:
+                await connect_silently(path, brief)
+        await frontend.start()
+        await write(frontend, 0, DATA)
+        with trio.fail_after(10):
+            while descriptors_of(attacked) > before + 3:  # the start brought kick, call and error descriptors
+                await trio.lowlevel.checkpoint()
+        assert attacked.ask("stats")["transports"]["vhost-user"]["connections"] == 1
+
+
+async def connect_silently(path: Path, until: ExitStack) -> None:
+    """A connection that says nothing; waits for its turn while the listener's queue is full."""
+    sock = until.enter_context(socket.socket(socket.AF_UNIX))
+    with trio.fail_after(10):
+        await trio.to_thread.run_sync(sock.connect, str(path), abandon_on_cancel=True)
+
+
+def descriptors_of(running: Daemon) -> int:
+    return len(os.listdir(f"/proc/{running.process.pid}/fd"))
+
+
+def raise_descriptor_limit(wanted: int) -> tuple[int, int]:
+    """Allow this process *wanted* descriptors; the limits before."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, hard = (wanted if limit == resource.RLIM_INFINITY else limit for limit in before)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(wanted, hard)), before[1]))
+    return before
 
 
 @pytest.mark.parametrize("layout", [Split, Packed])

@@ -522,17 +522,6 @@ async def test_vu_50_a_second_front_end_is_refused_while_the_first_is_served(are
     assert await arena.attacker.ask_number(GET)
 
 
-async def test_vu_51_hundreds_of_connections_that_say_nothing_hold_nothing(arena):
-    socks = []
-    for _ in range(300):
-        sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        await sock.connect(arena.path)
-        socks.append(sock)
-    assert await arena.attacker.ask_number(GET)
-    for sock in socks:
-        sock.close()
-
-
 async def test_vu_52_answers_that_nobody_reads_stop_the_reading(arena):
     with trio.move_on_after(0.3):
         while True:
