@@ -226,8 +226,9 @@ static void ring_shadow(struct client *c, uint32_t index, uint32_t value)
 
 static void ring(struct client *c, uint32_t index, uint32_t value)
 {
-    if (c->page) __atomic_store_n(&c->page[index], value, __ATOMIC_RELEASE);
-    else if (c->shadow && index >= 2) ring_shadow(c, index, value);
+    if (index < 2) trap(c, index, value);       /* the admin queue's: nobody measures it */
+    else if (c->page) __atomic_store_n(&c->page[index], value, __ATOMIC_RELEASE);
+    else if (c->shadow) ring_shadow(c, index, value);
     else trap(c, index, value);
 }
 

@@ -503,6 +503,12 @@ cdef inline void reactor_adapt(reactor_t *r, uint64_t slept_ns) noexcept nogil:
         r.patience = min(2 * r.patience, <uint32_t>PATIENCE_MAX)
 
 
+cdef inline void reactor_caught(reactor_t *r) noexcept nogil:
+    """Work came while we polled: it pays."""
+    r.fruitless = 0
+    r.patience = 1
+
+
 cdef inline void reactor_sleep(reactor_t *r) noexcept nogil:
     """Wait for an fd, a wake-up or the next deadline; the lock is held on entry and on return."""
     cdef epoll_event events[REACTOR_FDS]
@@ -549,8 +555,7 @@ cdef inline void reactor_run(reactor_t *r) noexcept nogil:
             reactor_step_aside(r)
         if reactor_turn(r):
             if idle_since:
-                r.fruitless = 0         # polling has caught this work
-                r.patience = 1
+                reactor_caught(r)
             idle_since = 0
             continue
         now = now_ns()

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ocssd_daemon._fast import Media
-from ocssd_daemon._nvme import Flash
+from ocssd_daemon._flash import Flash
 from ocssd_daemon.nand.geometry import Geometry, validate
 from ocssd_daemon.nand.store import Store, open_file, open_ram
 
