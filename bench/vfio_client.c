@@ -24,7 +24,8 @@ enum { TYPE_REPLY = 1, NO_REPLY = 1 << 4, ERROR = 1 << 5, PAYLOAD_MAX = 4096, BA
 enum { CAP = 0x00, CC = 0x14, CSTS = 0x1c, AQA = 0x24, ASQ = 0x28, ACQ = 0x30, DOORBELLS = 0x1000 };
 enum { CC_ENABLE = 6 << 16 | 4 << 20 | 1, PAGE = 4096, ADMIN_ENTRIES = 32, ENTRIES = 256, QUEUES_MAX = 16 };
 enum { CREATE_SQ = 0x01, CREATE_CQ = 0x05, IDENTIFY = 0x06, DOORBELL_BUFFER = 0x7c, GEOMETRY = 0xe2 };
-enum { WRITE = 0x01, READ = 0x02, VECTOR_RESET = 0x90, VECTOR_WRITE = 0x91, VECTOR_READ = 0x92, VECTOR_MAX = 64 };
+enum { WRITE = 0x01, READ = 0x02, VECTOR_RESET = 0x90, VECTOR_WRITE = 0x91, VECTOR_READ = 0x92, VECTOR_MAX = 64,
+       INVALID_RESET = 0x2c1 };
 enum doorbells { TRAPPED, SHADOW, MAPPED };
 
 struct header { uint16_t id, command; uint32_t size, flags, error; };
@@ -226,8 +227,9 @@ static void ring_shadow(struct client *c, uint32_t index, uint32_t value)
 
 static void ring(struct client *c, uint32_t index, uint32_t value)
 {
-    if (c->page) __atomic_store_n(&c->page[index], value, __ATOMIC_RELEASE);
-    else if (c->shadow && index >= 2) ring_shadow(c, index, value);
+    if (index < 2) trap(c, index, value);       /* the admin queue's: nobody measures it */
+    else if (c->page) __atomic_store_n(&c->page[index], value, __ATOMIC_RELEASE);
+    else if (c->shadow) ring_shadow(c, index, value);
     else trap(c, index, value);
 }
 
@@ -268,8 +270,8 @@ static void wait_irq(struct client *c, struct queue *q, uint32_t count)
     c->wakeups++;
 }
 
-/* One command after the other, of which nobody measures the time. */
-static void command(struct client *c, struct queue *q, struct sqe *entry)
+/* One command after the other, of which nobody measures the time; returns its status. */
+static uint16_t command(struct client *c, struct queue *q, const struct sqe *entry)
 {
     struct cqe done;
     push(q, entry);
@@ -277,12 +279,18 @@ static void command(struct client *c, struct queue *q, struct sqe *entry)
     while (!pop(q, &done))
         if (q->qid == 0 || !c->polling) wait_irq(c, q, 1);
     ring_both(c, q);
-    if (done.status) die("command %#x failed with status %#x", entry->opcode, done.status);
+    return done.status;
+}
+
+static void admin_command(struct client *c, const struct sqe *entry)
+{
+    uint16_t status = command(c, &c->admin, entry);
+    if (status) die("admin command %#x failed with status %#x", entry->opcode, status);
 }
 
 static void admin(struct client *c, uint8_t opcode, uint32_t nsid, const volatile void *data, uint32_t cdw10, uint32_t cdw11)
 {
-    command(c, &c->admin, &(struct sqe){ .opcode = opcode, .nsid = nsid, .prp1 = bus(c, data), .cdw10 = cdw10, .cdw11 = cdw11 });
+    admin_command(c, &(struct sqe){ .opcode = opcode, .nsid = nsid, .prp1 = bus(c, data), .cdw10 = cdw10, .cdw11 = cdw11 });
 }
 
 /* ---- controller ---- */
@@ -344,7 +352,7 @@ static void create_queue(struct client *c, struct queue *q, uint16_t qid)
 static void use_shadow_doorbells(struct client *c)
 {
     volatile uint32_t *shadow = take(c, PAGE), *event = take(c, PAGE);
-    command(c, &c->admin, &(struct sqe){ .opcode = DOORBELL_BUFFER, .prp1 = bus(c, shadow), .prp2 = bus(c, event) });
+    admin_command(c, &(struct sqe){ .opcode = DOORBELL_BUFFER, .prp1 = bus(c, shadow), .prp2 = bus(c, event) });
     c->shadow = shadow, c->event = event;
 }
 
@@ -436,7 +444,7 @@ static uint32_t in_flight(const struct client *c)
     return count;
 }
 
-/* Before a pass that writes: every chunk that it will write is FREE. */
+/* Before a pass that writes: every chunk that it will write becomes FREE, or is already, which is an invalid reset. */
 static void reset_chunks(struct client *c, const struct run *r)
 {
     uint64_t runs = (uint64_t)c->geometry.groups * c->geometry.pus, row = runs * c->geometry.sectors << c->lba_shift;
@@ -444,8 +452,9 @@ static void reset_chunks(struct client *c, const struct run *r)
     for (uint64_t at = 0; at < r->blocks * c->block_bytes; at += row)
         for (uint64_t pu = 0; pu < runs; pu++) {
             uint64_t address = sector_address(c, (at + pu * c->block_bytes) >> c->lba_shift);
-            command(c, &c->queue[0], &(struct sqe){ .opcode = VECTOR_RESET, .nsid = c->nsid, .cdw10 = (uint32_t)address,
-                                                    .cdw11 = (uint32_t)(address >> 32) });
+            uint16_t status = command(c, &c->queue[0], &(struct sqe){ .opcode = VECTOR_RESET, .nsid = c->nsid,
+                .cdw10 = (uint32_t)address, .cdw11 = (uint32_t)(address >> 32) });
+            if (status && (status & 0x7ff) != INVALID_RESET) die("reset of %#llx: status %#x", (unsigned long long)address, status);
         }
 }
 

@@ -30,9 +30,11 @@ from ocssd_daemon.native.media cimport (
     chunk_t, media_copy, media_done_ns, media_read, media_readable, media_reset, media_write,
 )
 from ocssd_daemon.native.reactor cimport (
-    late_bucket_end, reactor_close, reactor_init, reactor_lock, reactor_run, reactor_stop, reactor_t, reactor_unlock,
+    late_bucket_end, reactor_adapt, reactor_caught, reactor_close, reactor_init, reactor_lock, reactor_run, reactor_stop,
+    reactor_t, reactor_unlock,
 )
 from ocssd_daemon.native.recovery cimport RECOVERY_BAD_MAP, RECOVERY_NO_MEMORY, ftl_load_map, ftl_recover
+from ocssd_daemon.native.slice cimport short_slices
 from ocssd_daemon.native.sys cimport iovec, keep_heap
 
 VICTIMS = {
@@ -561,6 +563,10 @@ cdef class _Paused:
             reactor_unlock(&self.reactor.r)
 
 
+cdef enum:
+    SLICE_NS = 100000       # the shortest that Linux grants
+
+
 cdef class Reactor:
     """The loop. ``run`` blocks without the GIL until ``stop``; give it a thread of its own.
 
@@ -580,6 +586,7 @@ cdef class Reactor:
 
     def run(self):
         with nogil:
+            short_slices(SLICE_NS)
             reactor_run(&self.r)
 
     def start(self):
@@ -635,3 +642,20 @@ cdef class Reactor:
             "late_p99_ns": late_below(&self.r, 99),
             "late_max_ns": self.r.late_max_ns,
         }
+
+
+def poll_times_ns(uint64_t poll_us, idle_ns):
+    """How long a loop polls after each of these waits for work, counted from the end of the last work; for tests."""
+    cdef reactor_t r
+    cdef uint64_t wait
+    cdef list found = []
+    memset(&r, 0, sizeof(r))
+    r.poll_ns = r.poll_max_ns = poll_us * 1000
+    r.patience = 1
+    for wait in idle_ns:
+        if wait < r.poll_ns:
+            reactor_caught(&r)
+        else:
+            reactor_adapt(&r, wait - r.poll_ns)
+        found.append(r.poll_ns)
+    return found

@@ -15,11 +15,9 @@ import os
 from ocssd_daemon._fast cimport Disk, Media, Reactor
 from ocssd_daemon.native.disk cimport disk_discard, disk_flush
 from ocssd_daemon.native.gmem cimport (
-    gmem_add, gmem_at_write, gmem_clear, gmem_poisoned, gmem_remove, gmem_t,
+    gmem_add, gmem_at_write, gmem_clear, gmem_poisoned, gmem_remove,
 )
-from ocssd_daemon.native.media cimport (
-    CHUNK_FREE, CHUNK_OFFLINE, CHUNK_OPEN, chunk_close_early, chunk_t, media_begin, media_reset,
-)
+from ocssd_daemon.native.media cimport CHUNK_FREE, CHUNK_OFFLINE, CHUNK_OPEN, chunk_close_early, chunk_t, media_begin, media_reset
 from ocssd_daemon.native.nvme_dptr cimport guest_copy_in, guest_copy_out
 from ocssd_daemon.native.nvme_exec cimport (
     BROADCAST, COMPARE_BYTES, DATA_FROM_HOST, DATA_NONE, DATA_TO_HOST, ON_20, ON_ALL, ON_RAW,
@@ -28,8 +26,7 @@ from ocssd_daemon.native.nvme_exec cimport (
     raw_reset, run_compare, run_flush, run_read, run_write, step_t,
 )
 from ocssd_daemon.native.nvme_flash cimport (
-    KIND_BLOCK, MARK_SHIFT, flash_copy, flash_ns_t, flash_read, flash_req_t, flash_reset, flash_write, is_foreign,
-    marked_bad,
+    KIND_BLOCK, MARK_SHIFT, flash_ns_t, is_foreign, marked_bad,
 )
 from ocssd_daemon.native.nvme_long cimport (
     jobs_arm, jobs_complete, jobs_disarm, jobs_end, jobs_forget, jobs_poll, jobs_ready, run_blocks, run_dsm,
@@ -40,15 +37,17 @@ from ocssd_daemon.native.nvme_wire cimport (
     dsm_range_t, nvme_status_field, sgl_t, sqe_t,
 )
 from ocssd_daemon.native.nvmeq cimport (
-    ERRORS_MAX, NAMESPACES_MAX, NOTICES_MAX, NO_FD, QUEUES_MAX, REGISTERS_BYTES, REPORT_BAD_DOORBELL, REPORT_NOTICE, REPORT_QUEUE_LOST,
-    cq_create, cq_delete, cq_post, cq_room, cq_signal, doorbell_slot, doorbell_take, intx_update, namespace_t,
-    nvmeq_arm, nvmeq_complete, nvmeq_disarm, nvmeq_poll, nvmeq_ready, nvmeq_t, outcome_t, queues_forget, run_one, shadows_start, sq_create,
-    sq_delete, sq_fetch, sq_tail,
+    ERRORS_MAX, NAMESPACES_MAX, NOTICES_MAX, NO_FD, QUEUES_MAX, REGISTERS_BYTES, REPORT_BAD_DOORBELL, REPORT_NOTICE,
+    REPORT_QUEUE_LOST, cq_post, cq_room, cq_signal, doorbell_slot, doorbell_take, intx_update, namespace_t, nvmeq_arm,
+    nvmeq_complete, nvmeq_disarm, nvmeq_poll, nvmeq_ready, nvmeq_t, outcome_t, run_one, sq_fetch, sq_tail,
+)
+from ocssd_daemon.native.nvmeq_life cimport (
+    cq_create, cq_delete, queues_forget, shadows_start, sq_create, sq_delete,
 )
 from ocssd_daemon.native.reactor cimport (
     reactor_add, reactor_drain, reactor_remove, reactor_watch,
 )
-from ocssd_daemon.native.sys cimport eventfd_signal, iovec
+from ocssd_daemon.native.sys cimport eventfd_signal
 
 BAD_DOORBELL, QUEUE_LOST, NOTICE = REPORT_BAD_DOORBELL, REPORT_QUEUE_LOST, REPORT_NOTICE
 SQE_BYTES, CQE_BYTES = sizeof(sqe_t), sizeof(cqe_t)
@@ -652,70 +651,3 @@ def wire_build(str name, f):
         w.chunk_descriptor.wear_index, w.chunk_descriptor.slba = f["wear_index"], f["slba"]
         w.chunk_descriptor.cnlb, w.chunk_descriptor.wp = f["cnlb"], f["wp"]
     return (<const char *>&w)[:WIRE_BYTES[name]]
-
-
-# --- the same flash commands, in process -----------------------------------------------------------------------------
-
-cdef class Flash:
-    """The commands of a raw namespace on numpy arrays, without queues: one rule book for guests and for programs.
-
-    *namespace* is a ``nvme.namespaces.RawNamespace``, *foreign* uint8 per PU of the device. Not thread-safe.
-    """
-
-    cdef flash_ns_t ns
-    cdef object kept
-
-    def __cinit__(self, namespace, foreign):
-        cdef Media media = namespace.media
-        cdef unsigned char[::1] owners = foreign
-        if media.m.data == NULL:
-            raise ValueError("flash that keeps no data cannot be read")
-        for i, field in enumerate(namespace.fields):
-            self.ns.fields[i].offset, self.ns.fields[i].length, self.ns.fields[i].count = (
-                field.offset, field.length, field.count)
-        self.ns.media = &media.m
-        self.ns.kind = namespace.kind
-        self.ns.fill = 0xff if namespace.dlfeat & 7 == 2 else 0
-        self.ns.chunk_base = namespace.chunk_base
-        self.ns.foreign = &owners[0]
-        self.kept = (media, foreign)
-
-    def set_dulbe(self, bint enabled):
-        self.ns.dulbe = enabled
-
-    cdef flash_req_t _request(self, const uint64_t[::1] addresses, iovec *data, char *oob) noexcept:
-        cdef flash_req_t r
-        memset(&r, 0, sizeof(r))
-        r.ns = &self.ns
-        r.list = &addresses[0]
-        r.n = <uint32_t>addresses.shape[0]
-        r.data.iov = data
-        r.has_data = data != NULL
-        r.oob = oob
-        media_begin(self.ns.media)
-        return r
-
-    def write(self, const uint64_t[::1] addresses, const uint8_t[:, ::1] data, const uint8_t[:, ::1] oob=None):
-        """``(status, failed)``; *failed* has bit i set for address i."""
-        cdef iovec iov
-        iov.iov_base, iov.iov_len = <void *>&data[0, 0], data.shape[0] * data.shape[1]
-        cdef flash_req_t r = self._request(addresses, &iov, <char *>&oob[0, 0] if oob is not None else NULL)
-        flash_write(&r)
-        return r.status, r.failed
-
-    def read(self, const uint64_t[::1] addresses, uint8_t[:, ::1] data, uint8_t[:, ::1] oob=None):
-        cdef iovec iov
-        iov.iov_base, iov.iov_len = <void *>&data[0, 0], data.shape[0] * data.shape[1]
-        cdef flash_req_t r = self._request(addresses, &iov, <char *>&oob[0, 0] if oob is not None else NULL)
-        flash_read(&r)
-        return r.status, r.failed
-
-    def reset(self, const uint64_t[::1] addresses, uint32_t planes=1):
-        cdef flash_req_t r = self._request(addresses, NULL, NULL)
-        flash_reset(&r, planes, NULL)
-        return r.status, r.failed
-
-    def copy(self, const uint64_t[::1] sources, const uint64_t[::1] addresses):
-        cdef flash_req_t r = self._request(addresses, NULL, NULL)
-        flash_copy(&r, &sources[0])
-        return r.status, r.failed

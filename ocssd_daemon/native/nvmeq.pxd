@@ -7,15 +7,14 @@ Doorbells live in one shared page: the guest may have it mapped, or trapped regi
 doorbells (DBBUF) the guest writes memory instead, and EventIdx asks for a trapped write only while the loop sleeps.
 
 Queue 0 is the admin pair: its completions and interrupts are handled here, its commands elsewhere (nvme/admin_queue.py).
-Everything here runs under the reactor's lock. What a command does is nvme_exec.pxd's and nvme_flash.pxd's.
+Everything here runs under the reactor's lock. How queues begin and end is nvmeq_life.pxd's; what a command does is nvme_exec.pxd's and nvme_flash.pxd's.
 """
 
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
-from libc.string cimport memset
 
 from ocssd_daemon.native.disk cimport disk_t
-from ocssd_daemon.native.gmem cimport gmem_at, gmem_at_write, gmem_t
-from ocssd_daemon.native.nvme_dptr cimport guest_copy_in, guest_copy_out, pieces_t
+from ocssd_daemon.native.gmem cimport gmem_at_write, gmem_t
+from ocssd_daemon.native.nvme_dptr cimport guest_copy_in, pieces_t
 from ocssd_daemon.native.nvme_flash cimport flash_ns_t
 from ocssd_daemon.native.nvme_job cimport jobs_t
 from ocssd_daemon.native.nvme_wire cimport (
@@ -516,88 +515,3 @@ cdef inline void nvmeq_disarm(source_t *source) noexcept nogil:
 cdef inline void nvmeq_ready(source_t *source, int fd, uint32_t events) noexcept nogil:
     eventfd_drain(fd)
     source.more = 1
-
-
-# --- shadow doorbells ---------------------------------------------------------------------------------------------
-
-cdef inline void shadow_start(nvmeq_t *self, uint32_t qid, uint32_t which, uint32_t index) noexcept nogil:
-    """Make the shadow say what the register says, and ask for the next change.
-
-    Linux keeps the pages over a controller reset; stale values in them would be taken for new commands.
-    """
-    cdef uint32_t *shadow
-    if qid == 0 or self.shadow == 0:
-        return
-    shadow = shadow_at(self, self.shadow, qid, which)
-    if shadow != NULL:
-        store_release_u32(shadow, index)
-    ask_for_event(self, qid, which, index)
-
-
-cdef inline void shadows_start(nvmeq_t *self) noexcept nogil:
-    cdef uint32_t qid
-    for qid in range(1, self.queue_count):
-        if self.sq[qid].active:
-            shadow_start(self, qid, 0, load_acquire_u32(doorbell_at(self, qid, 0)))
-        if self.cq[qid].active:
-            shadow_start(self, qid, 1, load_acquire_u32(doorbell_at(self, qid, 1)))
-
-
-# --- life of queues -----------------------------------------------------------------------------------------------
-
-cdef inline bint cq_create(nvmeq_t *self, uint32_t qid, uint64_t address, uint32_t entries, uint32_t vector,
-                           bint interrupts) noexcept nogil:
-    """False unless the whole queue is in writable guest memory."""
-    cdef cq_t *cq = &self.cq[qid]
-    cdef uint32_t last = (entries - 1) * sizeof(cqe_t)
-    if gmem_at_write(self.memory, address, 1) == NULL or gmem_at_write(self.memory, address + last, sizeof(cqe_t)) == NULL:
-        return False
-    memset(cq, 0, sizeof(cq_t))
-    cq.active = True
-    cq.address = address
-    cq.entries = entries
-    cq.phase = 1
-    cq.vector = vector
-    cq.interrupts = interrupts
-    store_release_u32(doorbell_at(self, qid, 1), 0)
-    shadow_start(self, qid, 1, 0)
-    return True
-
-
-cdef inline bint sq_create(nvmeq_t *self, uint32_t qid, uint64_t address, uint32_t entries, uint32_t cqid) noexcept nogil:
-    cdef sq_t *sq = &self.sq[qid]
-    cdef uint32_t last = (entries - 1) * sizeof(sqe_t)
-    if gmem_at(self.memory, address, 1) == NULL or gmem_at(self.memory, address + last, sizeof(sqe_t)) == NULL:
-        return False
-    memset(sq, 0, sizeof(sq_t))
-    sq.active = True
-    sq.address = address
-    sq.entries = entries
-    sq.cqid = cqid
-    store_release_u32(doorbell_at(self, qid, 0), 0)
-    shadow_start(self, qid, 0, 0)
-    self.io_queues += qid != 0
-    return True
-
-
-cdef inline void sq_delete(nvmeq_t *self, uint32_t qid) noexcept nogil:
-    """Deferred completions of the queue must have been drained before."""
-    self.io_queues -= self.sq[qid].active and qid != 0
-    memset(&self.sq[qid], 0, sizeof(sq_t))
-
-
-cdef inline void cq_delete(nvmeq_t *self, uint32_t qid) noexcept nogil:
-    memset(&self.cq[qid], 0, sizeof(cq_t))
-    intx_update(self)
-
-
-cdef inline void queues_forget(nvmeq_t *self) noexcept nogil:
-    """Controller reset: no queue, no shadow doorbells, default coalescing."""
-    memset(self.sq, 0, sizeof(self.sq))
-    memset(self.cq, 0, sizeof(self.cq))
-    memset(self.vector_immediate, 0, sizeof(self.vector_immediate))
-    self.io_queues = 0
-    self.shadow = self.event_index = 0
-    self.coalesce_ns = 0
-    self.coalesce_threshold = 0
-    self.interrupt_mask = 0

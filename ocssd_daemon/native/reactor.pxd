@@ -554,6 +554,12 @@ cdef inline void reactor_learn_wakeup(reactor_t *r, uint64_t late_ns) noexcept n
         r.early_ns -= (r.early_ns - max(late_ns, <uint64_t>EARLY_MIN_NS)) >> 6 if r.early_ns > EARLY_MIN_NS else 0
 
 
+cdef inline void reactor_caught(reactor_t *r) noexcept nogil:
+    """Work came while we polled: it pays."""
+    r.fruitless = 0
+    r.patience = 1
+
+
 cdef inline void reactor_sleep(reactor_t *r) noexcept nogil:
     """Wait for an fd, a wake-up or the next deadline; the lock is held on entry and on return."""
     cdef epoll_event events[REACTOR_FDS]
@@ -604,8 +610,7 @@ cdef inline void reactor_run(reactor_t *r) noexcept nogil:
             reactor_step_aside(r)
         if reactor_turn(r):
             if idle_since:
-                r.fruitless = 0         # polling has caught this work
-                r.patience = 1
+                reactor_caught(r)
             idle_since = 0
             continue
         now = now_ns()

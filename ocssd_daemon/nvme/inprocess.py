@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ocssd_daemon._fast import Media
-from ocssd_daemon._nvme import Flash
+from ocssd_daemon._flash import Flash
 from ocssd_daemon._physics import Timing, attach_timing
 from ocssd_daemon.nand.geometry import Geometry, validate
 from ocssd_daemon.nand.latency import Latency, resolve

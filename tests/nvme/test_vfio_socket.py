@@ -1,4 +1,4 @@
-"""The socket that trio and the reactor read in turn: order, handover at any byte, descriptors, slow readers, layouts."""
+"""The socket that trio and the reactor read in turn: order, handover at any byte, descriptors, slow readers."""
 
 from __future__ import annotations
 
