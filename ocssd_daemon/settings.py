@@ -173,6 +173,7 @@ class NvmeSettings(Section, frozen=True):
         Literal["trapped", "mapped"],
         _text("trapped: register writes, or shadow doorbells; mapped: the guest writes our memory, and we poll it"),
     ] = "trapped"
+    shadow_doorbells: Annotated[bool, _text("with trapped ones: offer doorbells in the guest's memory (DBBUF)")] = True
     planes: Annotated[Literal[1, 2, 4], _text("OCSSD 1.2: planes; a block of one plane is one chunk")] = 1
     dlfeat: Annotated[Literal[0, 1, 2], _text("unwritten sectors read as: 1 zeroes, 2 ones, 0 not said (zeroes)")] = 1
     wear_threshold: Annotated[int, _int(0, 255, "wear index off the mean that is notified (WIT); 0: never")] = 0
@@ -225,10 +226,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "geometry.chunks": 64,
         "geometry.sectors": 64,
     },
-    "pblk-20": {  # what Linux's pblk likes: many lines, and a write unit that fits MDTS
+    "pblk-20": {  # what Linux's pblk likes: many lines, a write unit that fits MDTS, and to read all that it wrote
         "geometry.chunks": 128,
         "geometry.sectors": 512,
-        "geometry.mw_cunits": 24,
+        "geometry.mw_cunits": 0,
         "nvme.namespaces": ["ocssd20"],
     },
     "pblk-12": {  # two planes: a block of the guest is two chunks, a flash page is ws_min sectors

@@ -11,7 +11,7 @@ from ocssd_daemon.cli.client import main
 from ocssd_daemon.nand.geometry import Geometry
 from ocssd_daemon.nvme.suitability import problems
 
-GOOD = Geometry(chunks=128)
+GOOD = Geometry(chunks=128, mw_cunits=0)
 
 
 def refusals(version="ocssd20", planes=1, mdts=7, **changes):
@@ -34,8 +34,9 @@ def test_each_broken_rule_is_refused_by_the_one_who_has_it(changes, who):
     assert refusals(**changes) == who
 
 
-def test_few_chunks_are_a_warning():
-    assert [p.fatal for p in problems(msgspec.structs.replace(GOOD, chunks=40), "ocssd20")] == [False]
+@pytest.mark.parametrize("changes", [{"chunks": 40}, {"mw_cunits": 24}])
+def test_few_chunks_and_sectors_that_cannot_be_read_yet_are_a_warning(changes):
+    assert [p.fatal for p in problems(msgspec.structs.replace(GOOD, **changes), "ocssd20")] == [False]
 
 
 @pytest.mark.parametrize("preset", ["pblk-20", "pblk-12"])
