@@ -79,8 +79,8 @@ def _rules20(g: Geometry, planes: int) -> Iterator[Problem]:
     if planes != 1:
         yield Problem(DRIVER, f"nvme.planes = {planes}: OCSSD 2.0 has no planes")
     if g.mw_cunits:
-        yield Problem(PBLK, f"geometry.mw_cunits = {g.mw_cunits}: after a crash it takes what cannot be read yet for good "
-                            "and loses it, unless DULBE is on; set it to 0", fatal=False)
+        yield Problem(PBLK, f"geometry.mw_cunits = {g.mw_cunits}: after a crash it takes what cannot be read yet for "
+                            "good and loses it, unless DULBE is on; set it to 0", fatal=False)
     if g.mw_cunits > g.sectors:
         yield Problem(SPDK, f"geometry.mw_cunits = {g.mw_cunits}: more than the {g.sectors} sectors of a chunk")
     if g.ws_opt > 64:

@@ -20,9 +20,9 @@ def appear(device: str) -> str:
 
 
 def make_file_system(device: str = "/dev/vda") -> str:
-    """ext4 on *device*, mounted on /mnt."""
+    """ext4 on *device*, mounted on /mnt; no blocks are kept for root, so that it can be filled."""
     return f"""
-/sbin/mke2fs -q -t ext4 -F -E lazy_itable_init=0 {device}
+/sbin/mke2fs -q -t ext4 -F -m 0 -E lazy_itable_init=0 {device}
 mount -t ext4 {device} /mnt
 """
 

@@ -33,6 +33,7 @@ from tests.e2e.serve import ServedNvme, serve_nvme
 from tests.kit.guest import Guest, lightnvm_guest, run_guest, vfio_user
 from tests.kit.qemu import current_qemu
 
+pytestmark = pytest.mark.timeout(900)  # several guests one after the other
 VERSIONS = pytest.mark.parametrize("preset", ["pblk-20", "pblk-12"])
 DEVICE = "/dev/nvme0n1"
 BLOCKS_SYNCED = 6  # of a ledger, before something dies

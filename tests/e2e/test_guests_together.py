@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from ocssd_daemon.nvme.raw20 import DESCRIPTOR
 from ocssd_daemon.protocol.nvme.ocssd20 import ChunkState
@@ -13,6 +14,7 @@ from tests.e2e.serve import serve_nvme
 from tests.kit.guest import Guest, lightnvm_guest, vfio_user, vhost_user_blk
 from tests.kit.qemu import current_qemu
 
+pytestmark = pytest.mark.timeout(900)  # several guests share the machine
 AREA_MIB = 16
 
 

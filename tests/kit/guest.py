@@ -267,6 +267,9 @@ def vhost_user_blk(
 
 
 def vfio_user(socket: Path) -> list[str]:
-    """QEMU arguments (10.1 or newer) that attach the PCI device served at *socket*."""
-    device = {"driver": "vfio-user-pci", "socket": {"type": "unix", "path": str(socket)}}
+    """QEMU arguments (10.1 or newer) that attach the PCI device served at *socket*.
+
+    QEMU takes a reply that comes after 5 s for nonsense and gives the device up: too soon on a machine that is busy.
+    """
+    device = {"driver": "vfio-user-pci", "socket": {"type": "unix", "path": str(socket)}, "x-msg-timeout": 60_000}
     return ["-device", json.dumps(device)]
