@@ -187,6 +187,7 @@ class NvmeSettings(Section, frozen=True):
         Literal["trapped", "mapped"],
         _text("trapped: register writes, or shadow doorbells; mapped: the guest writes our memory, and we poll it"),
     ] = "trapped"
+    shadow_doorbells: Annotated[bool, _text("with trapped ones: offer doorbells in the guest's memory (DBBUF)")] = True
     planes: Annotated[Literal[1, 2, 4], _text("OCSSD 1.2: planes; a block of one plane is one chunk")] = 1
     dlfeat: Annotated[Literal[0, 1, 2], _text("unwritten sectors read as: 1 zeroes, 2 ones, 0 not said (zeroes)")] = 1
     wear_threshold: Annotated[int, _int(0, 255, "wear index off the mean that is notified (WIT); 0: never")] = 0

@@ -94,6 +94,11 @@ class ConfigSpace:
             self._put(CAP_PCIE + 8, 2, self._value(CAP_PCIE + 8, 2) & ~DEVCTL_FLR)
             self.function_reset = True
 
+    @property
+    def bar0_address(self) -> int:
+        """Where the guest has put BAR0; 0: nowhere yet."""
+        return self._value(0x10, 8) & ~0xF
+
     def _put(self, offset: int, width: int, value: int, writable: int = 0) -> None:
         self.bytes[offset:offset + width] = value.to_bytes(width, "little")
         if writable:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import mmap
 import os
 from collections import Counter
@@ -37,7 +38,7 @@ from ocssd_daemon.nvme.ports import MemoryFault
 from ocssd_daemon.nvme.registers import DOORBELLS
 from ocssd_daemon.protocol.vfio_user import wire
 from ocssd_daemon.protocol.vfio_user.session import DmaReply, ProtocolError, Rejected, Request, Session
-from ocssd_daemon.protocol.vfio_user.wire import Command, DeviceFlags, Irq, Region, RegionFlags
+from ocssd_daemon.protocol.vfio_user.wire import Command, DeviceFlags, DmaFlags, Irq, Region, RegionFlags
 from ocssd_daemon.transport.fdsocket import BadDescriptors, FdBag, FdSocket, PeerGone, close_all
 from ocssd_daemon.transport.vfio_irqs import Interrupts, Refused
 from ocssd_daemon.transport.vfio_memory import ClientMemory
@@ -53,6 +54,7 @@ log = logging.getLogger(__name__)
 
 TAKEOVER_S = 1.0
 DMA_REPLY_S = 5.0
+POLL_S = 0.002
 REGION_INFO_BYTES = 32
 COUNTERS = ("requests", "errors", "bytes_read", "bytes_written", "doorbells", "interrupts", "connections")
 
@@ -235,12 +237,17 @@ class Client:
 
     async def _serve_admin(self) -> None:
         while True:
-            await self._admin_bell.wait()
+            await self._rung(self._admin_bell)
             await self._admin.run()
+
+    async def _rung(self, bell: Bell) -> None:
+        """Mapped doorbells ring for nobody. The reactor polls those of I/O queues, we the others."""
+        with trio.move_on_after(POLL_S if self._device.mapped_doorbells else math.inf):
+            await bell.wait()
 
     async def _serve_io(self) -> None:
         while True:
-            await self._io_bell.wait()
+            await self._rung(self._io_bell)
             try:
                 await self._message_io.run()
             except MemoryFault:
@@ -275,10 +282,16 @@ class Client:
     def dma_map(self, request: Request) -> tuple[bytes, tuple[int, ...]]:
         body = request.body
         fd = request.fds[0] if request.fds else None
-        failed = self.memory.map(body.iova, body.size, body.flags, fd, body.fd_offset)
+        flags = body.flags & ~DmaFlags.WRITE if fd is None and self._is_bar0(body.iova, body.size) else body.flags
+        failed = self.memory.map(body.iova, body.size, flags, fd, body.fd_offset)
         if failed:
             raise Refused(failed, f"{body.iova:#x}+{body.size:#x} flags {body.flags:#x}")
         return b"", ()
+
+    def _is_bar0(self, address: int, size_bytes: int) -> bool:
+        """QEMU also announces the doorbells that it has mapped, as if other devices' memory: no data of a guest's."""
+        start = self._config_space.bar0_address
+        return bool(start) and start <= address and address + size_bytes <= start + len(self._bar0_page)
 
     def dma_unmap(self, request: Request) -> tuple[bytes, tuple[int, ...]]:
         body = request.body

@@ -1,4 +1,4 @@
-"""Owns one device under end-to-end test: a daemon with every door open that can be killed and started again.
+"""Owns one device under end-to-end test: a daemon that can be killed and started again on the same flash.
 
 Tests wait for the daemon's counters, not for time.
 """
@@ -8,27 +8,26 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ocssd_daemon.cli.client import call
 from tests.kit.daemon import Daemon, daemon
 
-PROGRESS_S = 60.0
+PROGRESS_S = 240.0  # a limit for what hangs
 POLL_S = 0.02
 
+AnyLives = TypeVar("AnyLives", bound="Lives")
 
-class Served:
-    """A vhost-user socket, an NBD socket and an NBD port below *directory*; kill and start may be called in turn."""
 
-    def __init__(self, directory: Path, arguments: tuple[str, ...]) -> None:
-        self.vhost = directory / "vhost.sock"
-        self.nbd_port = _free_port()
-        self._nbd = directory / "nbd.sock"
+class Lives:
+    """A daemon with *arguments*, working in *directory*; kill, stop and start may be called in turn."""
+
+    def __init__(self, directory: Path, arguments: tuple[str | Path, ...]) -> None:
+        directory.mkdir(exist_ok=True)
         self._directory = directory
-        self._arguments = ("--socket", self.vhost, "--nbd", f"unix:{self._nbd}", *arguments)
-        self._arguments += ("--nbd", f"tcp:127.0.0.1:{self.nbd_port}")
+        self._arguments = arguments
         self._life = ExitStack()
         self._daemon: Daemon
 
@@ -52,13 +51,48 @@ class Served:
         process.wait()
         self._life.close()
 
+    def info(self) -> Any:
+        """What `ocssd info -o json` says."""
+        return self._daemon.ask("info")
+
     def stats(self) -> Any:
         """What `ocssd stats -o json` says."""
         return self._daemon.ask("stats")
 
+    def wait_for_counter(self, part: str, name: str, more: int) -> None:
+        """Wait until a counter of `ocssd stats` has grown by *more*."""
+        wait_for_counter(self._daemon, part, name, more)
+
+    def said(self) -> str:
+        """What it wrote in this life, on stdout and stderr."""
+        return self._daemon.said()
+
+
+class Served(Lives):
+    """A vhost-user socket, an NBD socket and an NBD port below *directory*."""
+
+    def __init__(self, directory: Path, arguments: tuple[str | Path, ...]) -> None:
+        self.vhost = directory / "vhost.sock"
+        self.nbd_port = _free_port()
+        self._nbd = directory / "nbd.sock"
+        doors = ("--socket", self.vhost, "--nbd", f"unix:{self._nbd}", "--nbd", f"tcp:127.0.0.1:{self.nbd_port}")
+        super().__init__(directory, (*doors, *arguments))
+
+    @property
+    def nbd_uri(self) -> str:
+        return f"nbd+unix:///?socket={self._nbd}"
+
     def wait_for_sectors_written(self, sectors: int) -> None:
         """Wait until the guest has written *sectors* more."""
-        wait_for_counter(self._daemon, "ftl", "user_sectors_written", sectors)
+        self.wait_for_counter("ftl", "user_sectors_written", sectors)
+
+
+class ServedNvme(Lives):
+    """A vfio-user socket below *directory*."""
+
+    def __init__(self, directory: Path, arguments: tuple[str | Path, ...]) -> None:
+        self.vfio = directory / "vfio.sock"
+        super().__init__(directory, ("--vfio-user", self.vfio, *arguments))
 
 
 def wait_for_counter(running: Daemon, part: str, name: str, more: int) -> None:
@@ -71,10 +105,19 @@ def wait_for_counter(running: Daemon, part: str, name: str, more: int) -> None:
         time.sleep(POLL_S)
 
 
+def serve(directory: Path, *arguments: str) -> AbstractContextManager[Served]:
+    """A disk, running; see `_alive`."""
+    return _alive(Served(directory, arguments))
+
+
+def serve_nvme(directory: Path, *arguments: str | Path) -> AbstractContextManager[ServedNvme]:
+    """An NVMe controller, running; see `_alive`."""
+    return _alive(ServedNvme(directory, arguments))
+
+
 @contextmanager
-def serve(directory: Path, *arguments: str) -> Iterator[Served]:
-    """A running device; unless the test fails, the daemon must stop cleanly at the end."""
-    served = Served(directory, arguments)
+def _alive(served: AnyLives) -> Iterator[AnyLives]:
+    """Started; unless the test fails, the daemon must stop cleanly at the end."""
     served.start()
     try:
         yield served

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from ocssd_daemon.nand.geometry import Geometry
 from ocssd_daemon.nand.store import open_file
 from tests.e2e.jobs import FIO, check_file_system, churn, fill, make_file_system
 from tests.e2e.serve import Served, serve
-from tests.kit.guest import Guest, run_guest, stock_guest, vhost_user_blk
+from tests.kit.guest import Guest, GuestImage, any_guest, run_guest, stock_guest, vhost_user_blk
 from tests.kit.qemu import Qemu, current_qemu, host_qemu
 
 QEMUS = pytest.mark.parametrize(
@@ -23,16 +24,33 @@ def disk(daemon: Served, qemu: Qemu, **options: object) -> list[str]:
     return vhost_user_blk(qemu, daemon.vhost, **options)  # type: ignore[arg-type]
 
 
-@QEMUS
+@pytest.mark.parametrize(
+    ("find_qemu", "find_image", "packed"),
+    [(host_qemu, any_guest, False), (current_qemu, stock_guest, True)],
+    ids=["host-split", "current-packed-made-from-packages"],
+)
 def test_data_verifies_on_a_disk_90_percent_full_while_garbage_collection_runs(
-    tmp_path: Path, find_qemu: object, packed: bool
+    tmp_path: Path, find_qemu: Callable[[], Qemu], find_image: Callable[[], GuestImage], packed: bool
 ) -> None:
-    qemu = find_qemu()  # type: ignore[operator]
-    job = make_file_system() + fill(percent=92) + churn(mib=128) + check_file_system()
-    with serve(tmp_path, "--size", f"{FLASH_MIB}M") as daemon:
-        run_guest(job, disk(daemon, qemu, packed=packed), qemu=qemu)
+    qemu = find_qemu()
+    job = f"""
+{make_file_system()} {fill(percent=98)}
+sync; echo FILLED; read go
+{churn(mib=96)} {check_file_system()}
+"""
+    options = {"qemu": qemu, "image": find_image(), "memory_mib": 768}
+    with (
+        serve(tmp_path, "--size", f"{FLASH_MIB}M") as daemon,
+        Guest(job, disk(daemon, qemu, packed=packed), **options) as guest,  # type: ignore[arg-type]
+    ):
+        guest.wait_for("FILLED")
+        before = daemon.stats()["ftl"]
+        guest.send("go")
+        guest.finish()
         ftl = daemon.stats()["ftl"]
-    assert ftl["gc_sectors_moved"] > 0
+    assert before["mapped_sectors"] >= 0.9 * before["capacity_sectors"]
+    assert ftl["gc_sectors_moved"] > before["gc_sectors_moved"]
+    assert ftl["user_sectors_written"] - before["user_sectors_written"] >= 96 * 256
     assert ftl["flash_sectors_written"] >= ftl["user_sectors_written"] + ftl["gc_sectors_moved"]
     assert 1.0 < ftl["waf"] < 10.0
 

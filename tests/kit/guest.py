@@ -31,14 +31,15 @@ from tools.newc import member, trailer
 UP = "GUEST-UP"
 DONE = re.compile(r"GUEST-DONE rc=(\d+)\n")
 TAIL_LINES = 40
-DEFAULT_TIMEOUT_S = 90.0
+DEFAULT_TIMEOUT_S = 240.0  # a limit for what hangs: an emulated guest on a busy machine takes its time
 
-# The applets of busybox have no links of their own in every image. What the job says on stderr, and each of its
-# commands, comes to the console only if it fails: tests read its stdout.
+# The applets of busybox have no links of their own in every image. What the job says on stderr, each of its commands,
+# and what the kernel says come to the console only if the job fails: tests read its stdout.
 PREAMBLE = """#!/bin/sh
 /bin/busybox --install -s /bin 2>/dev/null
+dmesg -n 1
 exec 2>/tmp/trace
-trap 'rc=$?; set +x; [ $rc = 0 ] || tail -n 30 /tmp/trace; exit $rc' EXIT
+trap 'rc=$?; set +x; [ $rc = 0 ] || { dmesg | tail -n 10; tail -n 30 /tmp/trace; }; exit $rc' EXIT
 set -eux
 """
 
@@ -98,7 +99,7 @@ class Guest:
 
     *devices* are QEMU arguments. *resume_from* is a state that `Qmp.save_state` made: the guest goes on where
     it was saved, in a machine that must be made alike. Guest memory is a shared memfd, so vhost-user and
-    vfio-user peers can map it.
+    vfio-user peers can map it; not so if *shares_memory* is false.
     """
 
     def __init__(
@@ -112,6 +113,7 @@ class Guest:
         memory_mib: int = 512,
         network: bool = False,
         reboots: bool = False,
+        shares_memory: bool = True,
         resume_from: Path | None = None,
         kernel_args: str = "",
     ) -> None:
@@ -123,7 +125,13 @@ class Guest:
             self._devices += ["-incoming", f"exec:cat {resume_from}"]
         self._job = job
         self._qmp_path = Path(self._directory.name) / "qmp"
-        self._machine = self._machine_arguments(vcpus, memory_mib, reboots, kernel_args)
+        self._machine = [
+            *("-accel", accelerator(self.qemu, self.image.kernel), "-cpu", "max", "-smp", str(vcpus)),
+            *_memory_arguments(memory_mib, shares_memory),
+            *("-nodefaults", "-nographic", "-serial", "stdio", *(() if reboots else ("-no-reboot",))),
+            *("-kernel", str(self.image.kernel)),
+            *("-append", f"console=ttyS0 quiet panic=-1 {kernel_args}".rstrip()),
+        ]
         self._console = bytearray()
         self._changed = threading.Condition()
         self._closed = False
@@ -164,11 +172,13 @@ class Guest:
             stream.close()
         self._directory.cleanup()
 
-    def wait_for(self, text: str, timeout_s: float = DEFAULT_TIMEOUT_S) -> str:
-        """Wait until *text* is on the console; returns what is before it. A guest that ends first fails."""
+    def wait_for(self, text: str, timeout_s: float = DEFAULT_TIMEOUT_S, *, times: int = 1) -> str:
+        """Wait until *text* is on the console, *times* times; returns what is before the first of them. A guest that
+        ends before that fails.
+        """
         deadline_s = time.monotonic() + timeout_s
         with self._changed:
-            while text.encode() not in self._console:
+            while self._console.count(text.encode()) < times:
                 if self._closed:
                     raise self._failure(f"ended before it said {text!r}")
                 if not self._changed.wait(deadline_s - time.monotonic()):
@@ -191,6 +201,13 @@ class Guest:
             raise self._failure("the job failed")
         return before.rpartition(UP)[2].strip("\n")
 
+    def kill(self) -> None:
+        """SIGKILL for QEMU: the guest's power goes, in the middle of whatever it does."""
+        assert self._process is not None
+        assert self._process.poll() is None, "it ended by itself"
+        self._process.kill()
+        self._process.wait()
+
     def wait_until_off(self, timeout_s: float = DEFAULT_TIMEOUT_S) -> int:
         """Wait for QEMU's exit; returns its exit code."""
         assert self._process is not None
@@ -198,16 +215,6 @@ class Guest:
             return self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             raise self._failure(f"is not off after {timeout_s:g} s") from None
-
-    def _machine_arguments(self, vcpus: int, memory_mib: int, reboots: bool, kernel_args: str) -> list[str]:
-        return [
-            *("-accel", accelerator(self.qemu, self.image.kernel), "-cpu", "max", "-smp", str(vcpus)),
-            *("-object", f"memory-backend-memfd,id=mem,size={memory_mib}M,share=on", "-m", str(memory_mib)),
-            *("-machine", "q35,memory-backend=mem", "-nodefaults", "-nographic", "-serial", "stdio"),
-            *(() if reboots else ("-no-reboot",)),
-            *("-kernel", str(self.image.kernel)),
-            *("-append", f"console=ttyS0 quiet panic=-1 {kernel_args}".rstrip()),
-        ]
 
     def _initramfs_with_job(self) -> Path:
         job = member("job.sh", stat.S_IFREG | 0o755, (PREAMBLE + self._job).encode()) + trailer()
@@ -229,6 +236,13 @@ class Guest:
     def _failure(self, what: str) -> GuestFailure:
         tail = "\n".join(self.console.splitlines()[-TAIL_LINES:])
         return GuestFailure(f"guest {what}; the end of its console:\n{tail}")
+
+
+def _memory_arguments(memory_mib: int, shared: bool) -> list[str]:
+    if not shared:
+        return ["-m", str(memory_mib), "-machine", "q35"]
+    backend = f"memory-backend-memfd,id=mem,size={memory_mib}M,share=on"
+    return ["-object", backend, "-m", str(memory_mib), "-machine", "q35,memory-backend=mem"]
 
 
 def run_guest(job: str, devices: Sequence[str] = (), timeout_s: float = DEFAULT_TIMEOUT_S, **options: object) -> str:
@@ -254,6 +268,9 @@ def vhost_user_blk(
 
 
 def vfio_user(socket: Path) -> list[str]:
-    """QEMU arguments (10.1 or newer) that attach the PCI device served at *socket*."""
-    device = {"driver": "vfio-user-pci", "socket": {"type": "unix", "path": str(socket)}}
+    """QEMU arguments (10.1 or newer) that attach the PCI device served at *socket*.
+
+    QEMU takes a reply that comes after 5 s for nonsense and gives the device up: too soon on a machine that is busy.
+    """
+    device = {"driver": "vfio-user-pci", "socket": {"type": "unix", "path": str(socket)}, "x-msg-timeout": 60_000}
     return ["-device", json.dumps(device)]

@@ -114,6 +114,28 @@ def test_mapped_doorbells_are_polled(tmp_path):
             assert queue.wait()[0].status == 0
 
 
+def test_the_admin_doorbell_is_mapped_too_and_nobody_rings_for_it(tmp_path):
+    """QEMU maps the whole page, so that a guest's first command arrives as a store."""
+    import mmap
+    with serving(str(tmp_path / "s"), ("block",), mapped_doorbells=True) as running, attached(running) as host:
+        host.client.region_info(0, 64)
+        page = mmap.mmap(host.client.received_fds[0], 2 * PAGE)
+        host.queues[0].host = Mapped(host, page)
+        assert [host.admin(0x06, data=0x10000, dwords=bytes([1])).status for _ in range(3)] == [0, 0, 0]
+
+
+def test_our_own_doorbells_announced_as_memory_do_not_make_transfers_messages(tmp_path):
+    """QEMU sends a DMA_MAP without a descriptor for what it has mapped of BAR0."""
+    with serving(str(tmp_path / "s"), ("block",), mapped_doorbells=True) as running, attached(running) as host:
+        host.client.write(CONFIG, 0x10, (0xFE00_0004).to_bytes(8, "little"))
+        host.client.call(DMA_MAP, map_payload(0xFE00_1000))
+        queue = host.create_queue()
+        queue.submit(host.entry(0x02, address=0x10000, count=4096, dwords=bytes(12)))
+        assert queue.wait()[0].status == 0
+        assert not running.server._live.queues.by_message
+        assert not host.client.dma_messages
+
+
 class Mapped:
     """A host whose doorbells are stores into a mapped page."""
 
