@@ -33,7 +33,7 @@ from ocssd_daemon.native.reactor cimport (
     reactor_close, reactor_init, reactor_lock, reactor_run, reactor_stop, reactor_t, reactor_unlock,
 )
 from ocssd_daemon.native.recovery cimport RECOVERY_BAD_MAP, RECOVERY_NO_MEMORY, ftl_load_map, ftl_recover
-from ocssd_daemon.native.sys cimport iovec, keep_heap
+from ocssd_daemon.native.sys cimport iovec, keep_heap, trim_heap
 
 VICTIMS = {
     "greedy": VICTIM_GREEDY,
@@ -546,6 +546,11 @@ cdef class _Paused:
     def __exit__(self, *exc):
         with nogil:
             reactor_unlock(&self.reactor.r)
+
+
+def give_back_memory():
+    """Have the C library return what the start has freed."""
+    trim_heap()
 
 
 cdef class Reactor:
