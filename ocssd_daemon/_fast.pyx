@@ -35,7 +35,7 @@ from ocssd_daemon.native.reactor cimport (
 )
 from ocssd_daemon.native.recovery cimport RECOVERY_BAD_MAP, RECOVERY_NO_MEMORY, ftl_load_map, ftl_recover
 from ocssd_daemon.native.slice cimport short_slices
-from ocssd_daemon.native.sys cimport iovec, keep_heap
+from ocssd_daemon.native.sys cimport iovec, keep_heap, trim_heap
 
 VICTIMS = {
     "greedy": VICTIM_GREEDY,
@@ -561,6 +561,11 @@ cdef class _Paused:
     def __exit__(self, *exc):
         with nogil:
             reactor_unlock(&self.reactor.r)
+
+
+def give_back_memory():
+    """Have the C library return what the start has freed."""
+    trim_heap()
 
 
 cdef enum:

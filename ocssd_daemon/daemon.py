@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import trio
 
+from ocssd_daemon._fast import give_back_memory
 from ocssd_daemon.control.methods import handlers
 from ocssd_daemon.control.server import serve_control
 from ocssd_daemon.device import Device
@@ -240,6 +241,7 @@ class Daemon:
     # Step ready: say so, and watch whom we depend on.
 
     async def say_ready(self) -> None:
+        give_back_memory()
         if self.options.exit_with_parent:
             await self._tasks.start("companions", self._watch_parent)
         if self._pidfile is not None:

@@ -283,6 +283,11 @@ cdef inline int store_reserve(media_t *m, uint32_t chunk) noexcept nogil:
     return MEDIA_OK
 
 
+cdef inline int store_reserve_first(media_t *m, uint32_t chunk) noexcept nogil:
+    """The same before the first write to a FREE chunk."""
+    return store_reserve(m, chunk) if m.chunks[chunk].state == CHUNK_FREE else MEDIA_OK
+
+
 cdef inline uint8_t wear_index_after(const chunk_t *c) noexcept nogil:
     """With one P/E cycle more: 255 x used / limit, monotone. Spec: 2.0 chunk descriptor, WLI.
 
@@ -523,10 +528,9 @@ cdef inline int media_write(media_t *m, uint64_t ppa, uint32_t n, const char *da
     status = media_check_write(m, ppa_chunk(m, ppa), ppa_sector(m, ppa), n)
     if status != MEDIA_OK:
         return status
-    if m.chunks[ppa_chunk(m, ppa)].state == CHUNK_FREE:
-        status = store_reserve(m, ppa_chunk(m, ppa))
-        if status != MEDIA_OK:
-            return status
+    status = store_reserve_first(m, ppa_chunk(m, ppa))
+    if status != MEDIA_OK:
+        return status
     if m.data != NULL:
         memcpy(media_data(m, ppa), data, <size_t>n * m.geometry.sector_bytes)
     if oob != NULL:
@@ -648,6 +652,8 @@ cdef inline int media_copy(media_t *m, const uint64_t *source, uint64_t target, 
     if not ppa_exists(m, target):
         return MEDIA_WRITE_FAULT
     status = media_check_write(m, ppa_chunk(m, target), ppa_sector(m, target), n)
+    if status == MEDIA_OK:
+        status = store_reserve_first(m, ppa_chunk(m, target))
     if status != MEDIA_OK:
         return status
     for i in range(n):

@@ -47,6 +47,11 @@ cdef extern from *:
         mallopt(M_TRIM_THRESHOLD, 64 << 20);
     #endif
     }
+    static inline void ocssd_trim_heap(void) {
+    #ifdef __GLIBC__
+        malloc_trim(0);
+    #endif
+    }
     static inline void ocssd_prefetch(const void *p) { __builtin_prefetch(p); }
     #if defined(__x86_64__)
     __attribute__((target("avx2"), noinline, unused))
@@ -93,6 +98,7 @@ cdef extern from *:
     void store_release_u64 "ocssd_store_release_u64" (void *p, uint64_t v) noexcept nogil
     # Buffers of some hundred KiB come and go with every large request: mapped anew, each costs a page fault per 4 KiB.
     void keep_heap "ocssd_keep_heap" () noexcept nogil
+    void trim_heap "ocssd_trim_heap" () noexcept nogil
     void prefetch "ocssd_prefetch" (const void *p) noexcept nogil      # never faults, whatever the address
     # For data that nobody will read soon: without fetching the target's lines first, a quarter less time per sector.
     # Ends with copies_end, before another thread or the kernel may look.

@@ -6,6 +6,9 @@ the page cache of a killed daemon holds. Nothing that was acknowledged may be mi
 
 from __future__ import annotations
 
+import random
+
+import msgspec
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -14,13 +17,12 @@ from ocssd_daemon.ftl.target import Target, open_target
 from ocssd_daemon.nand.geometry import Geometry, validate
 from ocssd_daemon.nand.store import open_ram
 
-SECTOR = 1024
 GEOMETRY = validate(
-    Geometry(
-        groups=2, pus=2, chunks=12, sectors=16, sector_bytes=SECTOR, oob_bytes=16, ws_min=2, ws_opt=4, mw_cunits=8
-    )
+    Geometry(groups=2, pus=2, chunks=12, sectors=16, sector_bytes=1024, oob_bytes=16, ws_min=2, ws_opt=4, mw_cunits=8)
 )
-BLOCK = 512
+# (sector, out-of-band bytes, block): the smallest and the largest sectors, blocks from a part of a sector to all of it.
+SHAPES = [(1024, 16, 512), (1024, 16, 1024), (1024, 16, 512), (512, 16, 512), (4096, 64, 512), (65536, 24, 512)]
+LARGE_SECTOR = 65536
 
 
 def check_consistency(target: Target) -> None:
@@ -32,9 +34,10 @@ def check_consistency(target: Target) -> None:
     assert len(set(mapped.tolist())) == len(mapped) == stats["mapped_sectors"]
     bits = int(sum(int(word).bit_count() for word in arrays["valid"].ravel()))
     assert bits == len(mapped)
-    per_line = [0] * GEOMETRY.chunks
+    geometry = target.store.geometry
+    per_line = [0] * geometry.chunks
     for ppa in mapped.tolist():
-        per_line[(ppa >> GEOMETRY.sector_bits) % GEOMETRY.chunks] += 1
+        per_line[(ppa >> geometry.sector_bits) % geometry.chunks] += 1
     assert per_line == arrays["line_valid"].tolist()
     assert stats["lines"]["free"] == sum(1 for state in arrays["line_state"] if state == 0)
 
@@ -43,12 +46,15 @@ class DiskAgainstBytes(RuleBasedStateMachine):
     @initialize(
         victim=st.sampled_from(["greedy", "cost-benefit", "d-choices", "fifo", "random"]),
         frontiers=st.sampled_from([1, 2]),
-        block=st.sampled_from([512, 1024]),
+        shape=st.sampled_from(SHAPES),
     )
-    def start(self, victim: str, frontiers: int, block: int) -> None:
-        self.options = {"victim": victim, "frontiers": frontiers, "block_bytes": block, "wear_spread": 3}
-        self.block = block
-        self.store = open_ram(GEOMETRY)
+    def start(self, victim: str, frontiers: int, shape: tuple[int, int, int]) -> None:
+        self.sector, oob_bytes, self.block = shape
+        self.options = {"victim": victim, "frontiers": frontiers, "block_bytes": self.block, "wear_spread": 3}
+        geometry = msgspec.structs.replace(GEOMETRY, sector_bytes=self.sector, oob_bytes=oob_bytes)
+        if self.sector == LARGE_SECTOR:  # few of them, to be quick
+            geometry = msgspec.structs.replace(geometry, sectors=4, mw_cunits=4)
+        self.store = open_ram(validate(geometry))
         self.target = open_target(self.store, op=1.0, **self.options)
         self.size = self.target.disk.size_bytes
         self.model = bytearray(self.size)
@@ -63,23 +69,23 @@ class DiskAgainstBytes(RuleBasedStateMachine):
     def write(self, at: float, blocks: int, fua: bool) -> None:
         offset, length = self._place(at, blocks)
         self.stamp += 1
-        data = b"".join((self.stamp * 7919 + i).to_bytes(8, "little") for i in range(length // 8))
+        data = random.Random(self.stamp).randbytes(length)
         assert self.target.disk.write(offset, data, fua) == 0
         self.model[offset : offset + length] = data
 
     @rule(seed=st.integers(0, 2**32), n=st.integers(20, 300))
     def write_many(self, seed: int, n: int) -> None:
         for i in range(n):
-            place = (seed + i * 2654435761) % (self.size // SECTOR) * SECTOR
-            data = (seed * 31 + i).to_bytes(8, "little") * (SECTOR // 8)
+            place = (seed + i * 2654435761) % (self.size // self.sector) * self.sector
+            data = (seed * 31 + i).to_bytes(8, "little") * (self.sector // 8)
             assert self.target.disk.write(place, data) == 0
-            self.model[place : place + SECTOR] = data
+            self.model[place : place + self.sector] = data
 
     @rule(at=st.floats(0, 1), blocks=st.integers(1, 200))
     def discard(self, at: float, blocks: int) -> None:
         offset, length = self._place(at, blocks)
         assert self.target.disk.discard(offset, length) == 0
-        first, last = -(-offset // SECTOR) * SECTOR, (offset + length) // SECTOR * SECTOR
+        first, last = -(-offset // self.sector) * self.sector, (offset + length) // self.sector * self.sector
         if last > first:
             self.model[first:last] = bytes(last - first)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import settings
+from hypothesis import assume, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from ocssd_daemon._fast import Media
@@ -12,6 +12,7 @@ from ocssd_daemon.nand.geometry import Geometry, validate
 from ocssd_daemon.nand.store import open_ram
 from tests.reference.media import ReferenceMedia
 
+CHUNK_RANDOM = 2
 STATES = {1: "FREE", 2: "CLOSED", 4: "OPEN", 8: "OFFLINE"}
 SMALL = {"groups": 2, "pus": 1, "chunks": 3, "sectors": 16, "sector_bytes": 512, "ws_min": 2, "ws_opt": 4}
 
@@ -23,18 +24,38 @@ class MediaAgainstModel(RuleBasedStateMachine):
         maxocpu=st.integers(0, 2),
         early=st.booleans(),
         multi=st.booleans(),
+        sector_bytes=st.sampled_from([512, 4096, 65536]),
+        oob_bytes=st.sampled_from([0, 16, 64]),
+        random_chunks=st.sets(st.tuples(st.integers(0, 1), st.integers(0, 2)), max_size=2),
     )
-    def start(self, mw_cunits: int, maxoc: int, maxocpu: int, early: bool, multi: bool) -> None:
-        self.g = validate(Geometry(**SMALL, mw_cunits=mw_cunits, maxoc=maxoc, maxocpu=maxocpu))
+    def start(
+        self,
+        mw_cunits: int,
+        maxoc: int,
+        maxocpu: int,
+        early: bool,
+        multi: bool,
+        sector_bytes: int,
+        oob_bytes: int,
+        random_chunks: set[tuple[int, int]],
+    ) -> None:
+        shape = {**SMALL, "sector_bytes": sector_bytes, "oob_bytes": oob_bytes}
+        self.g = validate(Geometry(**shape, mw_cunits=mw_cunits, maxoc=maxoc, maxocpu=maxocpu))
         self.store = open_ram(self.g)
         self.fast = Media(self.store, early_reset=early, multi_reset=multi)
         self.model = ReferenceMedia(self.g, early, multi)
+        for pu, chunk in random_chunks:
+            self.store.chunks["type"][pu * self.g.chunks + chunk] = CHUNK_RANDOM
+            self.model.chunks[pu, chunk].random = True
         self.stamp = 0
 
     def _payload(self, n: int) -> list[tuple[bytes, bytes]]:
         self.stamp += 1
         return [
-            (bytes([self.stamp % 256, i]) * (self.g.sector_bytes // 2), bytes([i, self.stamp % 256]) * 8)
+            (
+                bytes([self.stamp % 256, i]) * (self.g.sector_bytes // 2),
+                bytes([i, self.stamp % 256]) * (self.g.oob_bytes // 2),
+            )
             for i in range(n)
         ]
 
@@ -47,6 +68,31 @@ class MediaAgainstModel(RuleBasedStateMachine):
             self.fast.ppa(pu, 0, chunk, sector), b"".join(d for d, _ in payload), b"".join(o for _, o in payload)
         )
         assert got == expected, f"write of {n} at {pu}/{chunk}/{sector}: {got:#x}, model says {expected:#x}"
+
+    @rule(
+        pu=st.integers(0, 1),
+        chunk=st.integers(0, 2),
+        sources=st.lists(
+            st.tuples(st.integers(0, 1), st.integers(0, 2), st.sampled_from([0, 0, 1, 2, 3, 7, 15])), min_size=1, max_size=4
+        ),
+        skew=st.sampled_from([0, 0, 0, 1]),
+    )
+    def copy(self, pu: int, chunk: int, sources: list[tuple[int, int, int]], skew: int) -> None:
+        """Vector copy: what may be copied is what may be read, where it may go is where a write may."""
+        target = self.model.chunks[pu, chunk]
+        assume(not target.random or not any(source[:2] == (pu, chunk) for source in sources))
+        sector = min(self.g.sectors - 1, target.wp + skew)
+        expected = self.model.copy(sources, pu, chunk, sector)
+        addresses = [self.fast.ppa(p, 0, c, s) for p, c, s in sources]
+        assert self.fast.copy(addresses, self.fast.ppa(pu, 0, chunk, sector)) == expected
+
+    @rule(pu=st.integers(0, 1), chunk=st.integers(0, 2), sector=st.integers(0, 15), n=st.integers(1, 5))
+    def write_anywhere(self, pu: int, chunk: int, sector: int, n: int) -> None:
+        """Mostly refused, except by a random-write chunk."""
+        payload = self._payload(n)
+        expected = self.model.write(pu, chunk, sector, payload)
+        data, oob = (b"".join(part) for part in zip(*payload, strict=True))
+        assert self.fast.write(self.fast.ppa(pu, 0, chunk, sector), data, oob) == expected
 
     @rule(pu=st.integers(0, 1), chunk=st.integers(0, 2))
     def reset(self, pu: int, chunk: int) -> None:

@@ -14,6 +14,8 @@ import msgspec
 import numpy as np
 import pytest
 
+from ocssd_daemon._fast import Media
+
 from ocssd_daemon.ftl.target import CapacityError, capacity_of, open_target
 from ocssd_daemon.nand import store as store_module
 from ocssd_daemon.nand.geometry import Geometry, validate
@@ -22,6 +24,7 @@ from ocssd_daemon.nand.store import StoreError, open_file, open_ram
 from tests.kit.requires import missing
 
 SMALL = validate(Geometry(groups=1, pus=2, chunks=16, sectors=64, sector_bytes=4096))
+WRITE_FAULT = 0x280
 
 
 class Killed(BaseException):
@@ -159,6 +162,17 @@ def test_a_full_host_disk_is_enospc_and_what_was_written_stays(full_disk: Path) 
     again = open_target(target.store)
     assert again.how_started == "recovered"
     assert again.disk.read((written - 1) * 4096, 4096) == (written - 1).to_bytes(8, "little") * 512
+
+
+def test_a_copy_on_a_full_host_disk_is_a_write_fault(full_disk: Path) -> None:
+    """To the flash of a raw device: the space of a chunk is reserved before its first sector, whoever writes it."""
+    media = Media(open_file(image(full_disk), SMALL))
+    chunk_bytes = SMALL.sectors * SMALL.sector_bytes
+    full = next(chunk for chunk in range(32) if media.write(chunk << 6, b"x" * chunk_bytes) == WRITE_FAULT)
+    assert full > 2
+    assert media.copy([0, 1, 2, 3], full << 6) == WRITE_FAULT
+    assert media.reset(1) == 0
+    assert media.copy([0, 1, 2, 3], 1 << 6) == 0
 
 
 def test_a_disk_too_full_for_the_tables_is_refused(full_disk: Path) -> None:
