@@ -7,7 +7,8 @@ Doorbells live in one shared page: the guest may have it mapped, or trapped regi
 doorbells (DBBUF) the guest writes memory instead, and EventIdx asks for a trapped write only while the loop sleeps.
 
 Queue 0 is the admin pair: its completions and interrupts are handled here, its commands elsewhere (nvme/admin_queue.py).
-Everything here runs under the reactor's lock. How queues begin and end is nvmeq_life.pxd's; what a command does is nvme_exec.pxd's and nvme_flash.pxd's.
+Everything here runs under the reactor's lock. How queues begin and end is nvmeq_life.pxd's; what a command does is
+nvme_exec.pxd's and nvme_flash.pxd's.
 """
 
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
