@@ -44,11 +44,15 @@ class Daemon:
     def nbd(self) -> Path:
         return self.directory / "nbd.sock"
 
+    def ask(self, what: str) -> dict[str, Any]:
+        """What ``ocssd stats -o json`` (or ``info``) says now."""
+        command = [*CLIENT, "--control", str(self.directory / "control.sock"), what, "-o", "json"]
+        answer: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+        return answer
+
     def stats(self) -> dict[str, Any]:
-        """What ``ocssd stats -o json`` says now."""
-        command = [*CLIENT, "--control", str(self.directory / "control.sock"), "stats", "-o", "json"]
-        counters: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
-        return counters
+        """All counters."""
+        return self.ask("stats")
 
     def ftl(self) -> dict[str, Any]:
         """The FTL's counters, without the ``ftl.`` of a flat listing."""

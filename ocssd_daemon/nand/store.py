@@ -36,6 +36,7 @@ MAGIC = b"OCSSDIMG"
 REFERENCE_MAGIC = b"MVNL\1\0\0\0"  # qemu-img create -f ocssd: protocol/nvme/reference_image.py
 VERSION = 1
 _HEADER = struct.Struct("<8sIIQI")  # magic, version, payload bytes, generation, crc32 of the payload
+HUGE_OOB_BYTES = 64 << 20  # from here on TLB misses cost more than memory that is taken ahead of use
 CHUNK_FREE = 1
 CHUNK_OFFLINE = 8
 CHUNK_SEQUENTIAL = 1
@@ -191,6 +192,8 @@ def open_ram(geometry: Geometry, keep_data: bool = True) -> Store:
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
     memory = mmap.mmap(-1, max(size, mmap.PAGESIZE), flags=flags)
     _advise_huge(memory, layout.l2p)
+    if layout.oob.size_bytes >= HUGE_OOB_BYTES:
+        _advise_huge(memory, layout.oob)
     if keep_data:
         _advise_huge(memory, layout.data)
     superblock = Superblock(geometry, str(uuid.uuid4()))
@@ -202,7 +205,7 @@ def open_ram(geometry: Geometry, keep_data: bool = True) -> Store:
 def _advise_huge(memory: mmap.mmap, region: Region) -> None:
     """Random reads of gigabytes miss the TLB on every access with 4 KiB pages.
 
-    Not for the other regions: the first write to each PU would take 2 MiB for 16 bytes of its out-of-band entries.
+    Not for a small device's out-of-band entries: the first write to each PU would take 2 MiB for 16 bytes of them.
     """
     with contextlib.suppress(OSError, AttributeError):  # a kernel without transparent huge pages
         memory.madvise(mmap.MADV_HUGEPAGE, region.offset, region.size_bytes)

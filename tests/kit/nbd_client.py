@@ -56,7 +56,7 @@ class Reply:
     data: bytes = b""
     extents: dict[int, list[tuple[int, int]]] = field(default_factory=dict)  # context id: (length, flags)
     chunks: list[int] = field(default_factory=list)  # types, in order; none for a simple reply
-    pieces: list[tuple[str, int, int]] = field(default_factory=list)  # of a read in chunks: data or hole, offset, length
+    pieces: list[tuple[str, int, int]] = field(default_factory=list)  # of a read: data or hole, offset, length
 
 
 class NbdClient:

@@ -73,7 +73,9 @@ class MediaAgainstModel(RuleBasedStateMachine):
         pu=st.integers(0, 1),
         chunk=st.integers(0, 2),
         sources=st.lists(
-            st.tuples(st.integers(0, 1), st.integers(0, 2), st.sampled_from([0, 0, 1, 2, 3, 7, 15])), min_size=1, max_size=4
+            st.tuples(st.integers(0, 1), st.integers(0, 2), st.sampled_from([0, 0, 1, 2, 3, 7, 15])),
+            min_size=1,
+            max_size=4,
         ),
         skew=st.sampled_from([0, 0, 0, 1]),
     )

@@ -13,7 +13,6 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-
 from ocssd_daemon._fast import Media
 
 from ocssd_daemon.ftl.target import CapacityError, capacity_of, open_target
