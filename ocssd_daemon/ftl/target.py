@@ -116,8 +116,8 @@ def _check_not_raw(store: Store, owned: list[int]) -> None:
     states = store.chunks["state"].reshape(store.geometry.total_pus, -1)[owned]
     if ((states == CHUNK_OPEN) | (states == CHUNK_CLOSED)).any():
         raise StoreError(
-            f"{store.path}: holds raw flash that was written (vfio-user, import, or the Python API); the host FTL would "
-            "erase it: name other PUs with ftl.pus, format its namespace first, or use another file"
+            f"{store.path}: holds raw flash that was written (vfio-user, import, or the Python API); the host FTL "
+            "would erase it: name other PUs with ftl.pus, format its namespace first, or use another file"
         )
 
 

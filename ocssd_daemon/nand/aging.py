@@ -19,6 +19,7 @@ from ocssd_daemon.nand.geometry import Geometry
 
 CHUNK_OFFLINE = 8
 NO_WP = 0xFFFF_FFFF
+FACTORY_MARK = 1 << 4  # of chunk_t.flags: BAD in OCSSD 1.2's table (native/nvme_flash.pxd, MARK_SHIFT)
 DAY_NS = 86_400_000_000_000
 
 Chunks = npt.NDArray[Any]
@@ -107,8 +108,9 @@ def bad_chunks(text: str, geometry: Geometry, seed: int) -> list[int]:
 
 
 def mark_bad(chunks: Chunks, indices: list[int]) -> None:
-    """Take chunks offline for good."""
+    """Take chunks offline for good, as bad from the factory."""
     chunks["state"][indices] = CHUNK_OFFLINE
+    chunks["flags"][indices] |= FACTORY_MARK
     chunks["wp"][indices] = NO_WP
 
 

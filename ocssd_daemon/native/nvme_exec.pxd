@@ -13,6 +13,7 @@ from ocssd_daemon.native.disk cimport (
     DISK_FUA, DISK_UNMAP, cursor_skip, cursor_t, disk_discard, disk_extent, disk_flush, disk_read, disk_t, disk_write,
     disk_write_zeroes,
 )
+from ocssd_daemon.native.ftl cimport ftl_sense
 from ocssd_daemon.native.gc cimport ftl_read_fails
 from ocssd_daemon.native.media cimport (
     CHUNK_OFFLINE, MEDIA_CHUNK_CLOSED_EARLY, MEDIA_INVALID_RESET, media_begin, media_done_ns, media_t, media_troubled,
@@ -316,17 +317,21 @@ cdef inline int block_discard(io_t *io) noexcept nogil:
 
 
 cdef inline int block_verify(io_t *io) noexcept nogil:
-    """Can each sector be recovered? Nothing is moved."""
+    """Can each sector be recovered? Nothing is moved, but the flash reads it."""
     cdef disk_t *d = io.ns.disk
+    cdef media_t *m = d.ftl.media
     cdef uint64_t offset = disk_offset(io), end = offset + (<uint64_t>io.n << io.ns.lba_shift), sector
     if io.ns.disk_dulbe and not all_written(d, offset, end - offset):
         return 0x287
-    if not media_troubled(d.ftl.media):
+    if not media_troubled(m) and m.timing == NULL:
         return NVME_OK
-    media_begin(d.ftl.media)
+    media_begin(m)
     for sector in range(offset >> d.sector_shift, (end + d.sector_bytes - 1) >> d.sector_shift):
-        if ftl_read_fails(d.ftl, <uint32_t>sector):
+        if media_troubled(m) and ftl_read_fails(d.ftl, <uint32_t>sector):
             return 0x281
+        if m.timing != NULL:
+            ftl_sense(d.ftl, <uint32_t>sector)
+    io.due_ns = media_done_ns(m)
     return NVME_OK
 
 

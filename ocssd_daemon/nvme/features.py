@@ -229,14 +229,21 @@ def _assign(controller: Controller, row: Row, body: Container, targets: list[int
 
 
 def reset_features(controller: Controller, *, all_of_them: bool = False) -> None:
-    """Defaults again, in the queues too."""
-    kept = set() if all_of_them else {fid for fid, row in FEATURES.items() if row.persistent}
-    for values in (controller.feature_values, controller.feature_data):
-        for key in [key for key in values if key[0] not in kept]:
-            del values[key]
+    """Defaults again, in the queues too. A host waits for it: only what was changed is told to them."""
     queues, config = controller.queues, controller.config
+    kept = set() if all_of_them else {fid for fid, row in FEATURES.items() if row.persistent}
+    for fid, nsid, selector in list(controller.feature_values):
+        if fid in kept:
+            continue
+        del controller.feature_values[fid, nsid, selector]
+        controller.feature_data.pop((fid, nsid, selector), None)
+        if fid in _OF_NAMESPACES:
+            _OF_NAMESPACES[fid](queues, nsid)
     queues.set_write_cache(config.write_cache)
     queues.set_coalescing(config.coalesce_commands, config.coalesce_100us * COALESCING_UNIT_NS)
-    for nsid in controller.namespaces:
-        queues.set_dulbe(nsid, False)
-        queues.set_media_feedback(nsid, False)
+
+
+_OF_NAMESPACES: dict[int, Callable[[Any, int], None]] = {
+    Feature.ERROR_RECOVERY: lambda queues, nsid: queues.set_dulbe(nsid, False),
+    Feature.MEDIA_FEEDBACK: lambda queues, nsid: queues.set_media_feedback(nsid, 0),
+}

@@ -1,4 +1,4 @@
-"""A parallel unit has one owner: what the host FTL has looks taken to the guest, what the guest has the FTL never uses."""
+"""A parallel unit has one owner: what the host FTL has looks taken to the guest, what the guest has it never uses."""
 
 from __future__ import annotations
 

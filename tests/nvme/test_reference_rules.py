@@ -1,4 +1,4 @@
-"""Every rule, and every bug, that was observed of the earlier emulator has a test here. ``RULES`` says which; those that no
+"""Every rule, and every bug, that was observed of the earlier emulator has a test. ``RULES`` says which; those that no
 other file has are below it. Where that emulator and the specification disagree, the specification's answer is expected.
 """
 
@@ -16,7 +16,20 @@ from tests.nvme.test_ownership import shared
 from tests.nvme.test_rules12 import erase, page
 from tests.nvme.test_rules12 import write as write_12
 from tests.nvme.test_rules20 import (
-    CHUNK, CLOSED, FREE, OFFLINE, chunk_log, copy, dsm, fill, oobs, reset, run, sectors, set_dulbe, write,
+    CHUNK,
+    CLOSED,
+    FREE,
+    OFFLINE,
+    chunk_log,
+    copy,
+    dsm,
+    fill,
+    oobs,
+    reset,
+    run,
+    sectors,
+    set_dulbe,
+    write,
 )
 
 T20, T12, BLOCK, STATE, HERE = "test_rules20", "test_rules12", "test_block", "test_state_files", "test_reference_rules"
@@ -67,14 +80,16 @@ RULES = [
     ("a failing one: offline", T20, "an_armed_reset_fault_takes_the_chunk_offline_for_good"),
     ("… also after a restart", HERE, "a_chunk_that_failed_is_offline_after_a_restart"),
     ("wear does not wrap", T20, "wear_does_not_wrap_and_a_worn_out_chunk_goes_offline"),
-    ("a failure in the middle completes once", T20, "a_reset_list_with_a_failure_in_the_middle_completes_once_and_names_it"),
+    ("a failure in the middle completes once", T20,
+     "a_reset_list_with_a_failure_in_the_middle_completes_once_and_names_it"),
     ("DSM without the AD bit does nothing", T20, "dsm_without_the_deallocate_bit_does_nothing"),
     # faults
     ("a write fault marks from its sector on", STATE, "a_write_fault_strikes_at_its_sector"),
     ("… and never underflows the write pointer", STATE, "a_write_fault_strikes_at_its_sector"),
     ("a reset fault", STATE, "a_reset_fault_takes_its_chunk_offline_and_no_other"),
     # logs
-    ("chunk log: beyond the end, any offset", T20, "the_chunk_log_is_read_from_any_64_bit_offset_and_not_beyond_its_end"),
+    ("chunk log: beyond the end, any offset", T20,
+     "the_chunk_log_is_read_from_any_64_bit_offset_and_not_beyond_its_end"),
     ("chunk log and geometry: namespace numbers", T20,
      "a_namespace_number_that_does_not_exist_is_refused_by_geometry_and_chunk_log"),
     ("notifications exist", T20, "wear_outside_the_threshold_is_notified_by_event_and_log"),
@@ -85,7 +100,8 @@ RULES = [
     ("1.2: a written page is written once, in order", T12, "pages_of_a_block_are_written_in_order_and_once"),
     ("1.2: a refused write leaves nothing behind", HERE, "in_12_a_refused_write_leaves_no_sector_and_no_oob"),
     ("1.2: empty page, with its sectors", T12, "a_read_of_an_erased_page_fails_as_empty_page_and_names_the_sectors"),
-    ("1.2: plane modes that the flash does not have", HERE, "in_12_a_plane_mode_of_more_planes_than_there_are_is_refused"),
+    ("1.2: plane modes that the flash does not have", HERE,
+     "in_12_a_plane_mode_of_more_planes_than_there_are_is_refused"),
     ("1.2: a bad block is not erased", T12, "a_block_that_the_host_marks_bad_shows_in_its_lun_and_is_not_erased"),
     ("1.2: an erased block may be erased", T12, "an_erased_block_may_be_erased_again"),
     ("1.2: a failed program", T12, "a_program_that_fails_is_a_failed_write_and_an_erase_that_fails_a_grown_bad_block"),

@@ -10,6 +10,7 @@ import struct
 
 import pytest
 
+from ocssd_daemon.nand.aging import mark_bad
 from tests.nvme.test_rules20 import oobs, sectors
 
 PLANE, PAGE, BLOCK, LUN, CHANNEL = 1 << 2, 1 << 3, 1 << 7, 1 << 9, 1 << 10
@@ -131,6 +132,16 @@ def test_a_block_that_the_host_marks_bad_shows_in_its_lun_and_is_not_erased(host
     assert erase(host, LUN + 2 * BLOCK, mode=DUAL).status == 0x4002
     assert mark(host, [LUN + 2 * BLOCK], 0) == 0
     assert erase(host, LUN + 2 * BLOCK).status == 0
+
+
+def test_factory_bad_blocks_and_grown_ones_are_told_apart(start):
+    target, host = start(("ocssd12",), planes=2)
+    with target.reactor.paused():
+        mark_bad(target.media.chunks, [2])
+        target.media.chunks["state"][5] = 8
+    status, raw = table(host, 0)
+    assert (status, raw[64:]) == (0, bytes([0, 0, 1, 0, 0, 2, 0, 0]))
+    assert struct.unpack_from("<II", raw, 16) == (1, 1)                  # bad from the factory, grown
 
 
 def test_marks_that_do_not_exist_and_luns_that_do_not_exist_are_refused(host):
