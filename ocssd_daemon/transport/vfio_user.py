@@ -38,7 +38,7 @@ from ocssd_daemon.nvme.ports import MemoryFault
 from ocssd_daemon.nvme.registers import DOORBELLS
 from ocssd_daemon.protocol.vfio_user import wire
 from ocssd_daemon.protocol.vfio_user.session import DmaReply, ProtocolError, Rejected, Request, Session
-from ocssd_daemon.protocol.vfio_user.wire import Command, DeviceFlags, DmaFlags, Irq, Region, RegionFlags
+from ocssd_daemon.protocol.vfio_user.wire import Command, DeviceFlags, Irq, Region, RegionFlags
 from ocssd_daemon.transport.fdsocket import BadDescriptors, FdBag, FdSocket, PeerGone, close_all
 from ocssd_daemon.transport.vfio_irqs import Interrupts, Refused
 from ocssd_daemon.transport.vfio_memory import ClientMemory
@@ -282,7 +282,7 @@ class Client:
     def dma_map(self, request: Request) -> tuple[bytes, tuple[int, ...]]:
         body = request.body
         fd = request.fds[0] if request.fds else None
-        flags = body.flags & ~DmaFlags.WRITE if fd is None and self._is_bar0(body.iova, body.size) else body.flags
+        flags = body.flags & ~wire.DmaFlags.WRITE if fd is None and self._is_bar0(body.iova, body.size) else body.flags
         failed = self.memory.map(body.iova, body.size, flags, fd, body.fd_offset)
         if failed:
             raise Refused(failed, f"{body.iova:#x}+{body.size:#x} flags {body.flags:#x}")

@@ -146,11 +146,10 @@ VARIANTS = pytest.mark.parametrize(
     ("find_image", "settings", "kernel_args", "interrupts"),
     [
         (stock_guest, (), "", "PCI-MSI"),
-        (stock_guest, ("nvme.doorbells=mapped",), "pci=nomsi", "IO-APIC"),
         (lightnvm_guest, ("nvme.shadow_doorbells=false",), "pci=nomsi", "IO-APIC"),
         (lightnvm_guest, ("nvme.doorbells=mapped",), "", "PCI-MSI"),
     ],
-    ids=["6.12-shadow-msix", "6.12-mapped-intx", "5.10-trapped-intx", "5.10-mapped-msix"],
+    ids=["6.12-shadow-msix", "5.10-trapped-intx", "5.10-mapped-msix"],
 )
 LOAD = f"{FIO} --name=load --filename=/dev/nvme0n1 --size=8m --bs=4k --iodepth=32"
 
