@@ -99,10 +99,13 @@ cdef inline uint32_t emptiest_settled_line(const ftl_t *f) noexcept nogil:
             continue
         if f.line_failed[line]:
             return line
-        if f.line_valid[line] < best_valid and (
-                f.line_settled_at[line] <= f.user_sectors_written or f.line_valid[line] == 0):
-            best = line
-            best_valid = f.line_valid[line]
+        if f.line_valid[line] >= best_valid or (
+                f.line_settled_at[line] > f.user_sectors_written and f.line_valid[line] > 0):
+            continue
+        if f.short_lines and f.line_valid[line] >= line_good_sectors(f, line):
+            continue                # short, and full
+        best = line
+        best_valid = f.line_valid[line]
     return best if best != <uint32_t>NO_LINE else emptiest_line(f)
 
 

@@ -315,14 +315,15 @@ def test_with_durability_host_a_torn_or_corrupt_sector_is_found_after_a_crash_of
     path = tmp_path / "image"
     flash = image(path, "durability=host")
     old, new = b"o" * SECTOR, b"n" * SECTOR
+    at = 3 * SECTOR  # the last sector of a write of ws_min
     for content in (old, new):
         if content == new and "write" in rule:
             flash.physics.add_rule(faults.parse(rule))
-        assert flash.disk.write(0, content) == 0
+        assert flash.disk.write(0, 4 * content) == 0
         assert flash.disk.flush() == 0
     if "read" in rule:
         flash.physics.add_rule(faults.parse(rule))
-    assert flash.disk.read(0, SECTOR) not in (old, new)  # silently
+    assert flash.disk.read(at, SECTOR) not in (old, new)  # silently
     copy = tmp_path / "copy"
     shutil.copyfile(path, copy)
     flash.close()
@@ -331,5 +332,5 @@ def test_with_durability_host_a_torn_or_corrupt_sector_is_found_after_a_crash_of
     store.close()
     flash = image(copy, "durability=host")
     assert flash.target.how_started == "recovered"
-    assert flash.disk.read(0, SECTOR) == old
+    assert flash.disk.read(at, SECTOR) == old
     flash.close()
