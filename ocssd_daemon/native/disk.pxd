@@ -65,6 +65,7 @@ cdef inline void disk_answer_first(disk_t *d) noexcept nogil:
 
 
 cdef inline void disk_pay(disk_t *d) noexcept nogil:
+    """Nobody waits now: GC takes its share."""
     ftl_pay(d.ftl)
     d.ftl.pays_later = False
 

@@ -371,11 +371,16 @@ cdef inline uint32_t owner_from_map(const ftl_t *f, uint32_t ppa) noexcept nogil
     return LBA_PAD
 
 
-cdef inline void move_ahead(const ftl_t *f, uint32_t ppa) noexcept nogil:
-    """The sector at *ppa* is moved next: have its first bytes and its map entry come meanwhile."""
+cdef inline void move_ahead(const ftl_t *f, uint32_t base, uint64_t *rest) noexcept nogil:
+    """Take the lowest of the sectors *rest*, which are moved soon: its first bytes and its map entry come meanwhile."""
     # Hardware looks no further than a page, and the map entry is anywhere.
+    cdef uint32_t ppa
+    if rest[0] == 0:
+        return
+    ppa = base + ctz64(rest[0])
     prefetch(media_data(f.media, ppa))
     prefetch(&f.l2p[(<const oob_t *>media_oob(f.media, ppa)).lba])
+    rest[0] &= rest[0] - 1
 
 
 cdef inline uint64_t lost_mark(ftl_t *f, uint32_t ppa) noexcept nogil:

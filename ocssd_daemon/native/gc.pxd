@@ -37,6 +37,7 @@ cdef enum:
     WEAR_EVERY = 8              # at most one victim in so many is chosen for wear instead of for space
     RANDOM_TRIES = 8            # random victims in a row that may free too little
     LATER_UNITS = 4             # who pays later owes at most so many units
+    MOVES_AHEAD = 8             # sectors whose map entries are on their way while one is moved
     RATE_CAP = 64               # most moves that one user sector pays for; the reserve covers the rest
 
 
@@ -332,11 +333,12 @@ cdef inline uint32_t move_word(ftl_t *f, uint32_t budget) noexcept nogil:
     cdef uint64_t *word = &f.valid[<uint64_t>chunk * f.words + row]
     cdef uint32_t base = <uint32_t>ppa_of(f.media, chunk, row << 6)
     cdef uint32_t moved = 0
-    cdef uint64_t rest
+    cdef uint32_t _i
+    cdef uint64_t rest = word[0]
+    for _i in range(MOVES_AHEAD):
+        move_ahead(f, base, &rest)
     while word[0] and moved < budget:
-        rest = word[0] & (word[0] - 1)
-        if rest:
-            move_ahead(f, base + ctz64(rest))
+        move_ahead(f, base, &rest)
         if not move_sector(f, f.moved, base + ctz64(word[0]), True):
             return NO_PPA
         moved += 1

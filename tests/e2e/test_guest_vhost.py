@@ -65,11 +65,6 @@ test "$(cat /sys/block/vda/queue/physical_block_size)" = 4096
 {FIO} --filename=/dev/vda --size=8M --rw=randwrite --bsrange=512-64k --iodepth=16 --cpus_allowed=0-3 \\
     --cpus_allowed_policy=split --offset_increment=8M --numjobs=4 --name=jobs
 """
-    job += """
-dd if=/dev/urandom of=/dev/vda bs=1M count=4 conv=fsync
-blkdiscard --zeroout --offset 1M --length 2M /dev/vda
-test "$(dd if=/dev/vda bs=1M skip=1 count=2 | tr -d '\\0' | wc -c)" = 0
-"""
     with serve(tmp_path, "--size", f"{FLASH_MIB}M", "--set", "vhost.serial=drive 7") as daemon:
         run_guest(job, disk(daemon, qemu, queues=6), qemu=qemu, vcpus=4)  # more queues than the guest has vCPUs
         assert daemon.stats()["transports"]["vhost-user"]["errors"] == 0

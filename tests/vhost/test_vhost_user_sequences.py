@@ -16,7 +16,7 @@ from ocssd_daemon.transport.vhost_user import VhostUserServer, rings_of
 from tests.kit.blk_driver import IN, lay_out
 from tests.kit.guest_memory import USER_OFFSET, GuestMemory
 from tests.kit.vhost_disk import completed, read, run, write
-from tests.kit.vhost_frontend import Frontend
+from tests.kit.vhost_frontend import FRESH_PACKED_BASE, Frontend
 from tests.kit.vhost_rings import dispatching, small_device
 from tests.kit.vhost_server import serving
 from tests.kit.virtqueue import Packed, Split
@@ -24,6 +24,7 @@ from tests.kit.virtqueue import Packed, Split
 EVERYTHING = (1 << 23) - 1
 DATA = bytes(range(256)) * 16  # 4 KiB
 PAGE = 4096
+RING_RESET = 1 << 40
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,28 @@ async def test_a_stopped_ring_goes_on_where_it_stood(frontend, status_first):
         await frontend.stop(status_first=status_first)
         await frontend.start()
     assert await read(frontend, 0, 3 * len(DATA)) == 3 * DATA
+
+
+@pytest.mark.parametrize("layout", [Split, Packed])
+async def test_one_ring_is_reset_and_starts_anew_elsewhere_while_the_other_runs_on(server, path, layout):
+    """VIRTIO_F_RING_RESET: the driver resets one virtqueue (virtio 1.3, 2.6.1), QEMU stops that ring alone."""
+    with Frontend(num_rings=2, layout=layout) as frontend:
+        await frontend.connect(path)
+        await frontend.start()
+        assert frontend.features & RING_RESET
+        await write(frontend, 0, DATA, ring=0)
+        await write(frontend, 8, DATA, ring=1)
+        await frontend.do(Request.SET_VRING_ENABLE, m.VringState(0, 0))
+        await frontend.ask(Request.GET_VRING_BASE, m.VringState(0, 0))
+        await write(frontend, 16, DATA, ring=1)
+        old = frontend.rings[0]
+        frontend.rings[0] = layout(frontend.memory, 32, event_idx=True)  # of another size, too
+        frontend.bases[0] = 0 if layout is Split else FRESH_PACKED_BASE
+        await frontend.start_ring(0)
+        await frontend.do(Request.SET_VRING_ENABLE, m.VringState(0, 1))
+        assert await read(frontend, 0, 3 * len(DATA), ring=0) == 3 * DATA
+        assert await read(frontend, 0, 3 * len(DATA), ring=1) == 3 * DATA
+        assert old.completed() == []
 
 
 async def test_after_a_reset_the_memory_is_still_known(server, path):
