@@ -17,7 +17,7 @@ import numpy as np
 from ocssd_daemon._fast cimport Disk, Media, Reactor
 from ocssd_daemon.native.disk cimport disk_discard, disk_flush
 from ocssd_daemon.native.gmem cimport (
-    gmem_add, gmem_at_write, gmem_clear, gmem_poisoned, gmem_remove, gmem_t,
+    gmem_add, gmem_at_write, gmem_clear, gmem_poisoned, gmem_remove,
 )
 from ocssd_daemon.native.media cimport CHUNK_FREE, CHUNK_OFFLINE, chunk_t, media_reset
 from ocssd_daemon.native.nvme_dptr cimport guest_copy_in, guest_copy_out
