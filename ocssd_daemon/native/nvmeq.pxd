@@ -7,19 +7,19 @@ Doorbells live in one shared page: the guest may have it mapped, or trapped regi
 doorbells (DBBUF) the guest writes memory instead, and EventIdx asks for a trapped write only while the loop sleeps.
 
 Queue 0 is the admin pair: its completions and interrupts are handled here, its commands elsewhere (nvme/admin_queue.py).
-Everything here runs under the reactor's lock. How queues begin and end is nvmeq_life.pxd's; what a command does is
+Everything here runs under the reactor's lock. How queues begin and end is nvmeq_life.pxd's, what a command does is
 nvme_exec.pxd's and nvme_flash.pxd's.
 """
 
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
-from ocssd_daemon.native.disk cimport disk_t
-from ocssd_daemon.native.gmem cimport gmem_at_write, gmem_t
+from ocssd_daemon.native.disk cimport disk_prefetch_data, disk_prefetch_map, disk_t
+from ocssd_daemon.native.gmem cimport gmem_at, gmem_at_write, gmem_t
 from ocssd_daemon.native.nvme_dptr cimport guest_copy_in, pieces_t
 from ocssd_daemon.native.nvme_flash cimport flash_ns_t
 from ocssd_daemon.native.nvme_job cimport jobs_t
 from ocssd_daemon.native.nvme_wire cimport (
-    IO_COMPARE, IO_WRITE, NVME_FAILED_FUSED, NVME_INVALID_FIELD, NVME_MISSING_FUSED, NVME_OK,
+    IO_COMPARE, IO_READ, IO_WRITE, NVME_FAILED_FUSED, NVME_INVALID_FIELD, NVME_MISSING_FUSED, NVME_OK,
     cqe_t, nvme_status_field, sqe_nlb, sqe_slba, sqe_t,
 )
 from ocssd_daemon.native.reactor cimport reactor_defer, reactor_report, reactor_t, source_t
@@ -39,6 +39,9 @@ cdef enum:
     FUSE_FIRST = 1
     FUSE_SECOND = 2
     QUEUE_TURN = 32             # commands that one queue may run before the next one has its turn
+    MAP_AHEAD = 4               # commands
+    DATA_AHEAD = 2
+    SHOW_EARLY_BYTES = 64 << 10
     TURN_BYTES = 4 << 20        # moved per poll; the command that exceeds it is the last of the turn
 
 cdef enum:                      # codes of reactor reports
@@ -53,6 +56,7 @@ ctypedef struct sq_t:
     uint32_t entries
     uint32_t head
     uint32_t cqid
+    int last_turn               # commands served in the last turn that had any
 
 ctypedef struct cq_t:
     bint active
@@ -427,19 +431,60 @@ cdef inline int run_one(nvmeq_t *self, uint32_t qid, uint32_t tail) noexcept nog
     return 1
 
 
+cdef inline const disk_t *look_at(nvmeq_t *self, const sq_t *sq, uint32_t ahead, uint8_t *opcode, uint64_t *offset) noexcept nogil:
+    """The disk, and the place on it, that the entry *ahead* of the head is about; NULL when it is about none."""
+    cdef uint32_t index = (sq.head + ahead) % sq.entries, nsid
+    cdef const sqe_t *s = <const sqe_t *>gmem_at(self.memory, sq.address + index * sizeof(sqe_t), sizeof(sqe_t))
+    if s == NULL:
+        return NULL
+    nsid = load_acquire_u32(&s.nsid)        # once: it is the guest's memory
+    opcode[0] = s.opcode
+    if nsid > NAMESPACES_MAX or self.ns[nsid].disk == NULL:
+        return NULL
+    offset[0] = sqe_slba(s) << self.ns[nsid].lba_shift
+    return self.ns[nsid].disk
+
+
+cdef inline void look_ahead(nvmeq_t *self, const sq_t *sq, uint32_t waiting) noexcept nogil:
+    """Bring into the cache what later commands will need: their map entries first, nearer to their turn the data.
+
+    Only hints: an entry is looked at without being taken, and whatever it says, a wrong line is warmed at worst.
+    """
+    cdef const disk_t *disk
+    cdef uint8_t opcode = 0
+    cdef uint64_t offset = 0
+    if waiting > MAP_AHEAD:
+        disk = look_at(self, sq, MAP_AHEAD, &opcode, &offset)
+        if disk != NULL and (opcode == IO_READ or opcode == IO_WRITE):
+            disk_prefetch_map(disk, offset)
+    if waiting > DATA_AHEAD:
+        disk = look_at(self, sq, DATA_AHEAD, &opcode, &offset)
+        if disk != NULL and opcode == IO_READ:
+            disk_prefetch_data(disk, offset)
+
+
 cdef inline int run_queue(nvmeq_t *self, uint32_t qid, int budget) noexcept nogil:
-    """Up to *budget* commands of one queue, then its interrupt. Sets `more` when entries are left that could run."""
+    """Up to *budget* commands of one queue, then its interrupt.
+
+    And one half way through, if that much takes longer than waking a host that sleeps: it then works while we do the rest.
+    """
     cdef sq_t *sq = &self.sq[qid]
     cdef uint32_t tail = sq_tail(self, qid)
+    cdef int64_t early_bytes = self.turn_bytes - SHOW_EARLY_BYTES
     cdef int done = 0, served
+    cdef int half = sq.last_turn >> 1
     if sq.head == tail:
         return 0
     while sq.head != tail and done < budget and self.turn_bytes > 0 and cq_room(self, sq.cqid) > 0:
+        look_ahead(self, sq, (tail + sq.entries - sq.head) % sq.entries)
         served = run_one(self, qid, tail)
         if served == 0:
             break
         done += served
+        if done == half and self.turn_bytes <= early_bytes:
+            cq_signal(self, sq.cqid)
     if done:
+        sq.last_turn = done
         cq_signal(self, sq.cqid)
     return done
 
