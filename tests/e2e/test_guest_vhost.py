@@ -195,7 +195,7 @@ def test_a_guest_sees_at_once_that_the_disk_has_another_size_after_a_restart(tmp
 small=$(cat /sys/block/vda/size); echo "IS $small"
 while test "$(cat /sys/block/vda/size)" = "$small"; do sleep 0.1; done
 echo "BECAME $(cat /sys/block/vda/size)"
-dd if=/dev/zero of=/dev/vda bs=512 count=8 seek=$(($(cat /sys/block/vda/size) - 8)) oflag=direct
+dd if=/dev/zero of=/dev/vda bs=512 count=8 seek=$(($(cat /sys/block/vda/size) - 8)) conv=fsync
 """
     with (
         serve(tmp_path, "--size", "64M") as daemon,
