@@ -20,6 +20,10 @@ from ocssd_daemon._nvme import GuestMemory
 from ocssd_daemon.nvme.ports import MemoryFault
 from ocssd_daemon.protocol.vfio_user.wire import MAX_DMA_MAPS, PAGE_BYTES, UNMAP_ALL, DmaFlags
 
+# Bytes of one DMA message. QEMU 11.1 takes a reply for sent when its socket took any part of it, and the stream is out of step
+# from then on. Linux queues a message of this size in one piece or not at all (net/unix: 32 KiB of pages and a head).
+WHOLE_MESSAGE_BYTES = 32 << 10
+
 KNOWN_FLAGS = DmaFlags.READ | DmaFlags.WRITE | DmaFlags.MMAP | DmaFlags.FILE_IO
 
 DmaRead = Callable[[int, int], Awaitable[bytes]]
@@ -51,7 +55,7 @@ class ClientMemory:
     def __init__(self, mapped: GuestMemory, dma_read: DmaRead, dma_write: DmaWrite,
                  by_message_changed: Callable[[bool], None]) -> None:
         self.mapped = mapped
-        self.max_message_bytes = 1 << 20
+        self.max_message_bytes = WHOLE_MESSAGE_BYTES
         self._dma_read, self._dma_write = dma_read, dma_write
         self._changed = by_message_changed
         self._copies: dict[int, Copy] = {}          # by address

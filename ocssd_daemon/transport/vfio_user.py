@@ -41,7 +41,7 @@ from ocssd_daemon.protocol.vfio_user.session import DmaReply, ProtocolError, Rej
 from ocssd_daemon.protocol.vfio_user.wire import Command, DeviceFlags, Irq, Region, RegionFlags
 from ocssd_daemon.transport.fdsocket import BadDescriptors, FdBag, FdSocket, PeerGone, close_all
 from ocssd_daemon.transport.vfio_irqs import Interrupts, Refused
-from ocssd_daemon.transport.vfio_memory import ClientMemory
+from ocssd_daemon.transport.vfio_memory import WHOLE_MESSAGE_BYTES, ClientMemory
 from ocssd_daemon.transport.vfio_message_io import MessageQueues
 from ocssd_daemon.transport.vfio_pci import ConfigSpace, RegionShape, regions
 
@@ -179,7 +179,7 @@ class Client:
         try:
             if request.command == Command.VERSION:
                 reply = self._session.accept_version(request)
-                self.memory.max_message_bytes = max(1, self._session.client_max_data_bytes)
+                self.memory.max_message_bytes = max(1, min(self._session.client_max_data_bytes, WHOLE_MESSAGE_BYTES))
                 await self._send(reply)
                 return
             payload, fds = HANDLERS[request.command](self, request)

@@ -215,9 +215,6 @@ def test_resets_and_hot_removal_under_io_lose_nothing(
 # A guest whose memory is its own: every transfer is a message.
 
 
-@pytest.mark.xfail(
-    strict=False, reason="hung in 2 of 7 runs on a machine loaded tenfold: QEMU got no replies; unexplained"
-)
 def test_a_current_kernel_without_shared_memory_has_a_disk(tmp_path: Path) -> None:
     job = f"""
 {appear("/dev/nvme0n1")}

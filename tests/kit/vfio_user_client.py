@@ -40,7 +40,7 @@ class VfioUserClient:
         os.ftruncate(self.memory_fd, memory_bytes)
         self.memory = mmap.mmap(self.memory_fd, memory_bytes)
         self.shared = shared
-        self.dma_messages = 0
+        self.dma_messages = self.largest_dma_bytes = 0
         self._next_id = 0
 
     def close(self) -> None:
@@ -113,7 +113,9 @@ class VfioUserClient:
         else:
             self.memory[address:address + count] = payload[16:]
         reply = struct.pack("<QQ", address, count) + data
-        self.sock.sendall(HEADER.pack(number, command, 16 + len(reply), REPLY, 0) + reply)
+        # Once and without blocking, as QEMU 11.1 does: of a reply that the socket takes in part, the rest is lost.
+        self.sock.send(HEADER.pack(number, command, 16 + len(reply), REPLY, 0) + reply, socket.MSG_DONTWAIT)
+        self.largest_dma_bytes = max(self.largest_dma_bytes, count)
 
     # ---- what QEMU does, in its order ---------------------------------------------------------------------
 
