@@ -280,6 +280,8 @@ cdef class NvmeQueues:
     def __dealloc__(self):
         if self.q == NULL:
             return
+        if self.reactor is not None and self.q.source.attached:
+            self.close()                # a session that failed while it was made
         free(self.q.block)
         free(self.q.oob)
         free(self.q.pieces.iov)

@@ -68,6 +68,8 @@ cdef class SharedSocket:
         self.returned_fd = NO_FD
 
     def __dealloc__(self):
+        if self.s != NULL and self.reactor is not None and self.s.source.attached:
+            self.close()                # a session that failed while it was made
         free(self.s)
 
     def lend(self):

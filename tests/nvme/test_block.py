@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import struct
+import time
 
 import pytest
 from ocssd_daemon._fast import Reactor
@@ -239,11 +240,15 @@ def test_commands_that_wait_for_a_full_completion_queue_go_on_when_the_host_take
     read = host.entry(0x02, address=0x10000, count=LBA, dwords=blocks(0, 1))
     queue.submit(read, read, read)
     queue.wait(3)
-    queue.submit(*[read] * 7)                                           # their completions fill the queue
+    last = host.entry(0x02, address=0x10000, count=LBA, dwords=blocks(0, 1))
+    deadline_s = time.monotonic() + 10
+    queue.submit(*[read] * 6, last)                                     # their completions fill the queue
+    while host.get(queue.cq + (3 + 6) % 8 * 16 + 12, 2) != last[2:4]:   # the last one's command identifier
+        assert time.monotonic() < deadline_s, "seven commands do not end"
     queue.submit(read, read, read)
     asked_at = events + (2 * 2 + 1) * 4
     while host.get(asked_at, 4) != struct.pack("<I", 3):                # until the loop sleeps
-        host.read32(0x1C)
+        assert time.monotonic() < deadline_s, "nobody asks for the doorbell of a full completion queue"
     assert len(queue.wait(7)) == 7
     assert [done.status for done in queue.wait(3)] == [0, 0, 0]
 
