@@ -439,7 +439,7 @@ cdef inline const disk_t *look_at(nvmeq_t *self, const sq_t *sq, uint32_t ahead,
     opcode[0] = s.opcode
     if nsid > NAMESPACES_MAX or self.ns[nsid].disk == NULL:
         return NULL
-    offset[0] = sqe_slba(s) << self.ns[nsid].lba_shift
+    offset[0] = self.ns[nsid].disk_base_bytes + (sqe_slba(s) << self.ns[nsid].lba_shift)
     return self.ns[nsid].disk
 
 
