@@ -69,7 +69,7 @@ class Block:
         extra = [*nvme_door(directory), "--set", "nvme.namespaces=block", "--set", f"nvme.doorbells={doorbells}"]
         self.ours: Daemon = stack.enter_context(daemon(directory, settings.size, extra))
         settings.say(f"{name}: verify, fill")
-        for how in ("trapped", "shadow", *(["mapped"] if doorbells == "mapped" else [])):
+        for how in ("trapped", "mapped" if doorbells == "mapped" else "shadow"):
             run_client(self.ours.vfio, verify=1, requests=50_000, span_bytes="64M", doorbells=how)
         vhost.fill(self.ours.vhost)
 

@@ -6,6 +6,7 @@ And one guest that measures both NVMe devices, a second each.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -78,18 +79,30 @@ def test_a_client_without_a_server_says_so(tmp_path: Path) -> None:
 # ---- NVMe over vfio-user -----------------------------------------------------------------------------------------
 
 
+def nvme_daemon(directory: Path, doorbells: str) -> AbstractContextManager[Daemon]:
+    extra = [*nvme_door(directory), "--set", "nvme.namespaces=block", "--set", f"nvme.doorbells={doorbells}"]
+    return daemon(directory, "256M", extra)
+
+
 @pytest.fixture(scope="module")
 def nvme(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    directory = tmp_path_factory.mktemp("nvme")
-    extra = [*nvme_door(directory), "--set", "nvme.namespaces=block", "--set", "nvme.doorbells=mapped"]
-    with daemon(directory, "256M", extra) as ours:
+    with nvme_daemon(tmp_path_factory.mktemp("nvme"), "trapped") as ours:
+        yield ours
+
+
+@pytest.fixture(scope="module")
+def mapped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    with nvme_daemon(tmp_path_factory.mktemp("mapped"), "mapped") as ours:
         yield ours
 
 
 @pytest.mark.parametrize("mode", ["sleep", "poll"])
 @pytest.mark.parametrize("doorbells", ["trapped", "shadow", "mapped"])
-def test_vfio_client_reads_back_every_generation_it_wrote(nvme: Daemon, doorbells: str, mode: str) -> None:
-    result = vfio.run_client(nvme.vfio, verify=1, requests=20_000, span_bytes="32M", doorbells=doorbells, mode=mode)
+def test_vfio_client_reads_back_every_generation_it_wrote(
+    nvme: Daemon, mapped: Daemon, doorbells: str, mode: str
+) -> None:
+    socket = mapped.vfio if doorbells == "mapped" else nvme.vfio
+    result = vfio.run_client(socket, verify=1, requests=20_000, span_bytes="32M", doorbells=doorbells, mode=mode)
     assert result["requests"] == (32 << 20) // 4096
     assert (result["traps"] < result["requests"]) or doorbells == "trapped"
 
