@@ -162,17 +162,18 @@ def test_12_the_guest_sees_the_blocks_that_the_daemon_has_and_pblk_verifies_on_t
     assert (group.num_ch, group.num_lun, group.num_pln, group.num_blk, group.num_pg) == (
         g["groups"], g["pus"], planes, blocks, pages)  # fmt: skip
 
-    assert re.search(rf"tblks *: {g['chunks']}\ntfact *: 0\ntgrown *: 1\n", said)
+    assert re.search(rf"tblks *: {g['chunks']}\ntfact *: 1\ntgrown *: 0\n", said)
     reply = shown(said, "lun0-1-reply")
     header = ocssd12.BadBlockHeader.parse(reply[:64])
-    assert (header.tblid, header.tblks, header.tgrown) == (b"BBLT", g["chunks"], 1)
+    assert (header.tblid, header.tblks, header.tfact, header.tgrown) == (b"BBLT", g["chunks"], 1, 0)
     assert shown(said, "lun0-1") == reply[64:]
     bad = [chunk for group, pu, chunk in BAD if (group, pu) == (0, 1)]
-    for name, marked in (("lun0-1", bad), ("lun1-2", []), ("lun1-2-marked", [5 * planes + 1]), ("lun1-2-free", [])):
+    grown = [5 * planes + 1]
+    for name, marked in (("lun0-1", bad), ("lun1-2", []), ("lun1-2-marked", grown), ("lun1-2-free", [])):
         states = np.frombuffer(shown(said, name), np.uint8)
         assert len(states) == g["chunks"]
         assert np.flatnonzero(states).tolist() == marked, name
-        assert (states[marked] == BlockState.GROWN_BAD).all()
+        assert (states[marked] == (BlockState.GROWN_BAD if marked == grown else BlockState.BAD)).all()
     assert media["sectors_written"] > 24 * 256
 
 
