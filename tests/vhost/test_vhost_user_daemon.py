@@ -110,7 +110,9 @@ async def test_VU_51_a_thousand_connections_that_say_nothing_hold_nothing(tmp_pa
             await connect_silently(path, held)
         await write(frontend, 0, DATA)
         assert await read(frontend, 0, len(DATA)) == DATA
-        assert descriptors_of(attacked) <= before + DEFAULT_LIMITS.waiting_max + 1
+        with trio.fail_after(10):  # those that were sent away last may still be closing
+            while descriptors_of(attacked) > before + DEFAULT_LIMITS.waiting_max:
+                await trio.lowlevel.checkpoint()
         frontend.disconnect()
         with Frontend() as another:
             await another.connect(str(path))
