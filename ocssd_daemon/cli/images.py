@@ -1,7 +1,8 @@
 """``ocssd create`` and ``ocssd import``: own their arguments, how a result looks, and that a failure leaves nothing.
 
 An image is made under a name that nobody has, and gets its real one when it is whole: neither a file that happens to be
-called alike nor somebody else's import is touched. Exit codes: 0 done, 1 a file cannot be used or made, 2 usage or settings.
+called alike nor somebody else's import is touched. Exit codes: 0 done, 1 a file cannot be used or made, 2 usage or
+settings.
 """
 
 from __future__ import annotations
