@@ -136,6 +136,10 @@ def test_data_ages_while_the_daemon_is_down(tmp_path: Path, how: str) -> None:
     flash = start()
     assert age_days(flash) == (140 if how == "killed" else 130)
     flash.close()
+    wall.now_ns += 1000 * DAY_NS  # and right again: those days have not passed
+    flash = start()
+    assert age_days(flash) == (140 if how == "killed" else 130)
+    flash.close()
 
 
 @pytest.mark.parametrize("said", [{"age_ns": 2**64 - 1, "wall_ns": 1}, {"age_ns": 2**80}, {"age_ns": -1}])
