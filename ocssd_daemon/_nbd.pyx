@@ -6,6 +6,7 @@ What a request does is in ``native/nbdcmd.pxd``, its bytes in ``native/nbdwire.p
 reactor from ``start`` to ``stop``; in between the reactor's thread owns its state, and both calls take its lock.
 """
 
+cimport cython
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
@@ -70,6 +71,7 @@ cdef class NbdStats:
         }
 
 
+@cython.no_gc_clear         # __dealloc__ needs the reactor, also at the end of a cycle
 cdef class NbdConnection:
     """The transmission phase on the socket *fd*, which stays the caller's and must be open until ``stop`` has returned.
 

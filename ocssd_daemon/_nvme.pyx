@@ -6,6 +6,7 @@ What a queue does is in ``native/nvmeq.pxd``, what a command does in ``native/nv
 ``install_operations`` below. Every method that touches shared state holds the reactor's lock while it does.
 """
 
+cimport cython
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
@@ -201,6 +202,7 @@ cdef class GuestMemory:
 
 # --- queues --------------------------------------------------------------------------------------------------------
 
+@cython.no_gc_clear         # __dealloc__ needs the reactor, also at the end of a cycle
 cdef class NvmeQueues:
     """Implements ``nvme.ports.Queues``. *doorbells* is writable shared memory for ``queue_pairs + 1`` pairs of doorbells.
 

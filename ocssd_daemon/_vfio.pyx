@@ -5,6 +5,7 @@
 When the reactor gives it back, and why nothing can be lost in between, is in ``native/vfio_socket.pxd``.
 """
 
+cimport cython
 from libc.stdint cimport uint32_t
 from libc.stdlib cimport calloc, free
 
@@ -29,6 +30,7 @@ SERVED_BY[<int>VFIO_REGION_WRITE] = serve_write
 SERVED_BY[<int>VFIO_REGION_WRITE_MULTI] = serve_write_multi
 
 
+@cython.no_gc_clear         # __dealloc__ needs the reactor, also at the end of a cycle
 cdef class SharedSocket:
     """The non-blocking socket *fd*, which stays the caller's and must be open until ``close`` has returned.
 

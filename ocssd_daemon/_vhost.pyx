@@ -8,6 +8,7 @@ ValueError. The headers under native/ own everything else.
 import os
 import struct
 
+cimport cython
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
@@ -59,6 +60,7 @@ _BLOCK_WRITABLE = (vblk.VIRTIO_BLK_F_DISCARD, vblk.VIRTIO_BLK_F_WRITE_ZEROES)
 _CONFIG = struct.Struct("<Q II HBB I BBHI BBH III II B 3x")
 
 
+@cython.no_gc_clear         # __dealloc__ needs the reactor, also at the end of a cycle
 cdef class VhostDevice:
     cdef vhost_t *dev
     cdef readonly Disk disk

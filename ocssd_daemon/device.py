@@ -68,7 +68,7 @@ class Device:
             self.media = self.target.media if self.target else _open_media(settings, self.store)
             self.ftl = self.target.ftl if self.target else None
             self.physics = _physics(settings, self.store, self.media, self.ftl, fresh, clock == "virtual", wall_ns())
-            self.store.save_superblock(age_ns=age_of(self.media), wall_ns=wall_ns())
+            self._save_age()
         except BaseException:
             self.store.abandon()
             raise
@@ -87,10 +87,15 @@ class Device:
 
     def close(self) -> None:
         """Clean stop of a device whose reactor stands still: program the buffers, leave a checkpoint."""
-        self.store.save_superblock(age_ns=age_of(self.media), wall_ns=self._wall_ns())
+        self._save_age()
         if self.target is not None:
             self.target.close()
         self.store.close()
+
+    def _save_age(self) -> None:
+        """The latest time of day that was seen: a clock that goes back, and is put right later, ages nothing twice."""
+        wall_ns = max(self.store.superblock.wall_ns, self._wall_ns())
+        self.store.save_superblock(age_ns=age_of(self.media), wall_ns=wall_ns)
 
     def abandon(self) -> None:
         """Close after a start that failed: a file that it formatted is again what it was, if nobody wrote."""

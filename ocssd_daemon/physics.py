@@ -22,6 +22,7 @@ from ocssd_daemon.nand.latency import Latency
 from ocssd_daemon.nand.store import Store
 from ocssd_daemon.settings import Settings, latency_of
 
+AGE_MAX_NS = 1 << 62            # 146 years: C counts on from here
 IMPORTS = ("resetfail", "writefail", "chunkstate", "bbtable", "rules")
 
 
@@ -214,13 +215,13 @@ def attach(
 def start_age_ns(settings: Settings, store: Store, fresh: bool, wall_ns: int) -> int:
     """How old the flash is now: as the user says of a fresh drive; else as it was left, and what has passed since.
 
-    It is never younger than its newest data, whatever became of the wall clock.
+    It is never younger than its newest data, whatever became of the wall clock, and at most as old as AGE_MAX_NS.
     """
     if fresh and settings.age:
         return int(aging.parse_age(settings.age).retention_days * aging.DAY_NS)
     before = store.superblock
     on_the_shelf_ns = wall_ns - before.wall_ns if settings.wear.shelf and before.wall_ns and wall_ns else 0
-    return max(int(store.chunks["programmed_ns"].max()), before.age_ns + max(0, on_the_shelf_ns))
+    return min(max(int(store.chunks["programmed_ns"].max()), before.age_ns + max(0, on_the_shelf_ns)), AGE_MAX_NS)
 
 
 def rules_of(settings: Settings) -> list[faults.Rule]:

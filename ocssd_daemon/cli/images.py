@@ -1,7 +1,8 @@
 """``ocssd create`` and ``ocssd import``: own their arguments, how a result looks, and that a failure leaves nothing.
 
-An image is made under a name of its own and gets its real one when it is whole. Exit codes: 0 done, 1 a file cannot be
-used or made, 2 usage or settings.
+An image is made under a name that nobody has, and gets its real one when it is whole: neither a file that happens to be
+called alike nor somebody else's import is touched. Exit codes: 0 done, 1 a file cannot be used or made, 2 usage or
+settings.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import dataclasses
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
@@ -137,23 +139,37 @@ def _new_image(path: str, geometry: Any) -> Iterator[Any]:
     """A fresh store that becomes *path* when the block ends well, and is gone when it does not."""
     from ocssd_daemon.nand.store import StoreError, check_unused, open_file
 
-    part = path + PART
+    part = ""
     with _terminated():
         try:
             check_unused(path)
-            _unlink(part)                       # of an import that was killed
+            part = _own_file(path)
             store = open_file(part, geometry, True)
-        except (StoreError, OSError) as error:
-            fail(str(error).replace(part, path), 1)
+        except StoreError as error:
+            _unlink(part)
+            fail(str(error).replace(part or path, path), 1)
+        except OSError as error:
+            _unlink(part)
+            fail(f"{path}: cannot be made: {error.strerror}", 1)
         try:
             yield store
             store.sync()
+            check_unused(path)                  # it took a while: somebody may have made one meanwhile
             os.replace(part, path)
+        except StoreError as error:
+            fail(str(error), 1)
         except OSError as error:
             fail(f"{path}: {error.strerror or error}", 1)
         finally:
             store.close()
             _unlink(part)
+
+
+def _own_file(path: str) -> str:
+    """An empty file beside *path*, so that it can be renamed. One that is left by a kill ends in PART."""
+    fd, part = tempfile.mkstemp(prefix=f"{os.path.basename(path)}.", suffix=PART, dir=os.path.dirname(path) or ".")
+    os.close(fd)
+    return part
 
 
 @contextlib.contextmanager

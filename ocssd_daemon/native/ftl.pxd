@@ -18,7 +18,7 @@ The FTL knows no transport and no bytes below a sector.
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
-from ocssd_daemon.native.sys cimport copy_past_cache, prefetch, store_release_u64
+from ocssd_daemon.native.sys cimport copies_end, copy_past_cache, prefetch, store_release_u64
 from ocssd_daemon.native.media cimport (
     CHUNK_FREE, CHUNK_OFFLINE, MEDIA_OK,
     MEDIA_UNRECOVERED,
@@ -292,6 +292,7 @@ cdef inline void unit_failed(ftl_t *f, frontier_t *w) noexcept nogil:
     for i in range(n):
         if is_valid(f, first + i):
             move_sector(f, w, first + i, False)
+    copies_end()
 
 
 cdef inline void unit_timed(ftl_t *f, frontier_t *w) noexcept nogil:

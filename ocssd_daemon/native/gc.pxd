@@ -340,9 +340,12 @@ cdef inline uint32_t move_word(ftl_t *f, uint32_t budget) noexcept nogil:
     while word[0] and moved < budget:
         move_ahead(f, base, &rest)
         if not move_sector(f, f.moved, base + ctz64(word[0]), True):
-            return NO_PPA
+            moved = NO_PPA
+            break
         moved += 1
     copies_end()
+    if moved == <uint32_t>NO_PPA:
+        return NO_PPA
     if word[0] == 0:
         f.cursor += 1
     return moved

@@ -492,9 +492,9 @@ cdef inline int media_program(media_t *m, uint32_t chunk, uint32_t sector, uint3
     cdef chunk_t *c = &m.chunks[chunk]
     cdef uint32_t wp
     cdef int status = media_check_write(m, chunk, sector, n)
+    m.good_sectors = 0
     if status != MEDIA_OK:
         return status
-    m.good_sectors = 0
     if media_troubled(m):
         media_write_trouble(m, chunk, sector, n)
     if m.timing != NULL:

@@ -254,8 +254,8 @@ cdef inline void place_run(flash_req_t *r, const run_t *run) noexcept nogil:
 cdef inline int write_run(flash_req_t *r, const run_t *run) noexcept nogil:
     cdef media_t *m = r.ns.media
     cdef uint32_t good = 0
-    cdef int status = MEDIA_OK
-    if m.chunks[run.chunk].state == CHUNK_FREE:
+    cdef int status = media_check_write(m, run.chunk, run.sector, run.n)    # a run before this may have closed the chunk
+    if status == MEDIA_OK and m.chunks[run.chunk].state == CHUNK_FREE:
         status = store_reserve(m, run.chunk)
     if status == MEDIA_OK:
         place_run(r, run)

@@ -563,7 +563,7 @@ cdef inline void reactor_caught(reactor_t *r) noexcept nogil:
 cdef inline void reactor_sleep(reactor_t *r) noexcept nogil:
     """Wait for an fd, a wake-up or the next deadline; the lock is held on entry and on return."""
     cdef epoll_event events[REACTOR_FDS]
-    cdef long long timeout_ns = -1
+    cdef long long timeout_ns = -1, late_ns
     cdef uint64_t start = now_ns()
     cdef int n
     if r.heap_len:
@@ -578,7 +578,9 @@ cdef inline void reactor_sleep(reactor_t *r) noexcept nogil:
     pthread_mutex_lock(&r.lock)
     r.sleeping = 0
     if n == 0 and timeout_ns > 0:
-        reactor_learn_wakeup(r, now_ns() - start - timeout_ns)
+        late_ns = <long long>(now_ns() - start) - timeout_ns
+        if late_ns >= 0:        # without epoll_pwait2 it is the millisecond before
+            reactor_learn_wakeup(r, <uint64_t>late_ns)
     if n > 0:
         r.wakeups_by_fd += reactor_take_fds(r, events, n)
         reactor_adapt(r, now_ns() - start)

@@ -19,7 +19,7 @@ from ocssd_daemon.native.ftl cimport (
 )
 from ocssd_daemon.native.gc cimport recount_spare
 from ocssd_daemon.native.media cimport (
-    CHUNK_CLOSED, CHUNK_FREE, CHUNK_OFFLINE, CHUNK_OPEN,
+    CHUNK_CLOSED, CHUNK_FREE, CHUNK_OFFLINE, CHUNK_OPEN, CHUNK_RETIRED,
     chunk_close_early, chunk_pu, chunk_t, media_data, media_oob, ppa_chunk, ppa_exists, ppa_of,
 )
 
@@ -39,6 +39,7 @@ cdef inline void line_from_chunks(ftl_t *f, uint32_t line) noexcept nogil:
         c = &f.media.chunks[line_chunk(f, line, pu)]
         cycles += c.pe_cycles
         good += c.state != CHUNK_OFFLINE
+        f.retiring += c.state != CHUNK_OFFLINE and (c.flags & CHUNK_RETIRED) != 0
         if not c.state & (CHUNK_FREE | CHUNK_OFFLINE):
             used += 1
             if c.wp:
@@ -125,7 +126,7 @@ cdef inline void resume_line(ftl_t *f, uint32_t line) noexcept nogil:
 
 cdef inline void lines_from_chunks(ftl_t *f) noexcept nogil:
     cdef uint32_t line
-    f.free_lines = 0
+    f.free_lines = f.retiring = 0
     for line in range(f.n_lines):
         line_from_chunks(f, line)
         f.free_lines += f.line_state[line] == LINE_FREE

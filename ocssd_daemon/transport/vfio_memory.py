@@ -20,8 +20,9 @@ from ocssd_daemon._nvme import GuestMemory
 from ocssd_daemon.nvme.ports import MemoryFault
 from ocssd_daemon.protocol.vfio_user.wire import MAX_DMA_MAPS, PAGE_BYTES, UNMAP_ALL, DmaFlags
 
-# Bytes of one DMA message. QEMU 11.1 takes a reply for sent when its socket took any part of it, and the stream is out of step
-# from then on. Linux queues a message of this size in one piece or not at all (net/unix: 32 KiB of pages and a head).
+# Bytes of one DMA message. QEMU 11.1 takes a reply for sent when its socket took any part of it, and the stream is out
+# of step from then on. Linux queues a message of this size in one piece or not at all (net/unix: 32 KiB of pages and a
+# head).
 WHOLE_MESSAGE_BYTES = 32 << 10
 
 KNOWN_FLAGS = DmaFlags.READ | DmaFlags.WRITE | DmaFlags.MMAP | DmaFlags.FILE_IO
@@ -31,12 +32,19 @@ DmaWrite = Callable[[int, bytes], Awaitable[None]]
 
 
 class Copy:
-    """Our copy of a range that has no descriptor. Acquires a memfd; ``close`` releases it."""
+    """Our copy of a range that has no descriptor. Acquires a memfd; ``close`` releases it.
+
+    Raises OSError, and OverflowError for more than a file can have.
+    """
 
     def __init__(self, address: int, size_bytes: int) -> None:
         self.address, self.size_bytes = address, size_bytes
         self.fd = os.memfd_create("dma-copy", os.MFD_CLOEXEC)
-        os.ftruncate(self.fd, size_bytes)
+        try:
+            os.ftruncate(self.fd, size_bytes)
+        except BaseException:
+            os.close(self.fd)
+            raise
 
     def close(self) -> None:
         os.close(self.fd)
@@ -87,7 +95,12 @@ class ClientMemory:
         if not flags & DmaFlags.WRITE:              # a ROM: nothing of ours lies there
             self._read_only[address] = size_bytes
             return 0
-        copy = Copy(address, size_bytes)
+        try:
+            copy = Copy(address, size_bytes)
+        except OverflowError:
+            return errno.EINVAL
+        except OSError as error:
+            return error.errno or errno.ENOMEM
         if self.mapped.map(address, size_bytes, copy.fd, 0, True):
             copy.close()
             return errno.EINVAL

@@ -232,6 +232,8 @@ class Client:
 
     def _by_message(self, by_message: bool) -> None:
         self.queues.by_message = by_message
+        if by_message:
+            self._io_bell.ring()        # the reactor leaves what it has not run to us
 
     # ---- commands -----------------------------------------------------------------------------------------
 

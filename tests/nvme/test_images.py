@@ -270,11 +270,27 @@ def test_an_import_that_is_interrupted_leaves_nothing(
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-def test_what_a_killed_import_left_is_no_image_and_in_nobodys_way(tmp_path: Path) -> None:
-    writer = ReferenceWriter(tmp_path / "src")
-    (tmp_path / "ours.part").write_bytes(b"half an image")
+def test_a_file_that_is_called_like_half_an_import_is_nobodys_to_delete(tmp_path: Path) -> None:
+    writer = ReferenceWriter(tmp_path / "ours.part")
+    before = writer.path.read_bytes()
     good("import", writer.path, tmp_path / "ours")
+    assert writer.path.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ours", "ours.part"]
+
+
+def test_an_image_that_was_made_meanwhile_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def also_made(*_: object) -> None:
+        monkeypatch.undo()
+        good("create", tmp_path / "ours", "--set", "geometry.chunks=9")
+
+    writer = ReferenceWriter(tmp_path / "src")
+    monkeypatch.setattr(ReferenceImage, "_set_chunks", also_made)
+    done = run("import", writer.path, tmp_path / "ours")
+    assert (done.exit_code, "is an image already" in done.output) == (1, True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ours", "src"]
+    store = open_file(str(tmp_path / "ours"), Geometry())
+    assert store.geometry.chunks == 9
+    store.close()
 
 
 def test_a_zero_filled_file_may_become_an_image(tmp_path: Path) -> None:

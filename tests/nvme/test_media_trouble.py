@@ -53,6 +53,18 @@ def test_a_read_that_a_rule_fails_is_unrecovered_and_named_in_the_bitmap(start):
     assert data[:8192] == sectors(2)
 
 
+def test_what_a_write_had_left_of_a_chunk_that_failed_is_named_in_the_bitmap_too(start):
+    """A random chunk takes sectors in any order: two runs of one command, of which the first one closes the chunk."""
+    target, host = start()
+    with target.reactor.paused():
+        target.media.chunks["type"][0] = 2
+    assert host.vector_write(run(8, 4), sectors(4, seed=3)).status == 0
+    give_rules(target, "on=write sector=3 do=fail times=1")
+    done = host.vector_write(run(0, 4) + run(8, 4), sectors(8))
+    assert (done.status & STATUS, done.result) == (0x2F1, 0b1111_1000)
+    assert host.vector_read(run(8, 4))[1] == sectors(4, seed=3), "what was refused was written"
+
+
 def test_a_write_that_a_rule_fails_closes_the_chunk_early(start):
     target, host = start()
     give_rules(target, "on=write chunk=1 do=fail")

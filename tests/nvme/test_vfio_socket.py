@@ -6,6 +6,8 @@ import errno
 import os
 import random
 import struct
+import subprocess
+import sys
 import time
 
 import pytest
@@ -205,3 +207,32 @@ def test_a_register_access_is_the_same_for_construct_and_c(offset, region, count
 def test_sizes_are_the_same_for_construct_and_c():
     assert _vfio.LAYOUT_BYTES == {"header": wire.HEADER_BYTES, "access": 16,
                                   "multi_entry": wire.WRITE_MULTI_ENTRY_BYTES}
+
+
+CYCLE = """
+import gc, socket, time
+from ocssd_daemon._fast import Reactor
+from ocssd_daemon._nvme import GuestMemory, NvmeQueues
+from ocssd_daemon._vfio import SharedSocket
+reactor = Reactor(0)
+class Session: pass
+def fail():
+    ours, theirs = socket.socketpair()
+    queues = NvmeQueues(reactor, GuestMemory(reactor), bytearray(64), 2, stride=0, token=1)
+    shared, session = SharedSocket(queues, ours.fileno()), Session()
+    session.all = queues, shared, ours, theirs, session
+fail()
+gc.collect()
+reactor.start()
+while not reactor.stats()["turns"]:
+    time.sleep(0.001)
+reactor.stop()
+print("well")
+"""
+
+
+def test_a_session_that_fails_while_it_is_made_leaves_the_reactor_also_out_of_a_cycle():
+    """The collector empties the objects of a cycle before it ends them: their reactor must not be gone by then."""
+    done = subprocess.run([sys.executable, "-c", CYCLE], capture_output=True, text=True, timeout=60,
+                          env={**os.environ, "MALLOC_PERTURB_": "165"})       # freed memory is no memory
+    assert (done.returncode, done.stdout) == (0, "well\n"), done.stderr

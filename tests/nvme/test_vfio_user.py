@@ -22,8 +22,10 @@ from tests.kit.vfio_user_client import (
     DMA_UNMAP,
     GET_INFO,
     GET_IRQ_INFO,
+    HEADER,
     INTX,
     MSIX,
+    NO_REPLY,
     REGION_READ,
     REGION_WRITE,
     RESET,
@@ -32,6 +34,8 @@ from tests.kit.vfio_user_client import (
     VfioError,
     VfioUserClient,
 )
+from tests.nvme.test_block import blocks
+from tests.nvme.test_long_commands import LARGE
 
 
 @pytest.fixture
@@ -122,6 +126,32 @@ def test_the_admin_doorbell_is_mapped_too_and_nobody_rings_for_it(tmp_path):
         page = mmap.mmap(host.client.received_fds[0], 2 * PAGE)
         host.queues[0].host = Mapped(host, page)
         assert [host.admin(0x06, data=0x10000, dwords=bytes([1])).status for _ in range(3)] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("size", [1 << 62, 1 << 63, (1 << 64) - PAGE])
+def test_memory_that_no_file_can_hold_is_refused_and_leaves_no_descriptor(client, size):
+    files = len(os.listdir("/proc/self/fd"))
+    assert refused(client, DMA_MAP, struct.pack("<IIQQQ", 32, 3, 0, 0, size)) == errno.EINVAL
+    assert len(os.listdir("/proc/self/fd")) == files
+    assert client.region_info(BAR0)[4]
+
+
+def test_commands_that_wait_when_a_range_without_descriptor_comes_are_not_forgotten(start):
+    """60 MiB of writes are many turns of the reactor; behind the first of them it has to leave the queues to trio."""
+    target, host = start(("block",), geometry=LARGE)
+    queue, data = host.create_queue(2, 128), host.put(b"x" * (128 * PAGE))
+    entries = [host.entry(0x01, address=data, count=128 * PAGE, dwords=blocks(128 * i, 128)) for i in range(120)]
+    raw = b"".join(entries)
+    host.memory[queue.sq:queue.sq + len(raw)] = raw
+    doorbell = struct.pack("<QIII", 0x1000 + 2 * 8, BAR0, 4, len(entries))
+    copied = map_payload(1 << 40)
+    messages = ((REGION_WRITE, doorbell, NO_REPLY), (DMA_MAP, copied, 0))
+    host.client.sock.sendall(b"".join(
+        HEADER.pack(500 + i, command, 16 + len(payload), flags, 0) + payload
+        for i, (command, payload, flags) in enumerate(messages)))
+    host.client.wait_reply(501)
+    assert target.server._live.queues.by_message
+    assert [done.status for done in queue.wait(120)] == [0] * 120
 
 
 def test_our_own_doorbells_announced_as_memory_do_not_make_transfers_messages(tmp_path):

@@ -296,6 +296,27 @@ def test_a_chunk_that_lost_data_is_retired_while_there_is_spare_space() -> None:
     kept.close()
 
 
+def test_restarts_do_not_retire_more_chunks_than_there_is_space_for(tmp_path: Path) -> None:
+    """Each start sees other chunks lose data, before the ones of the starts before have been collected."""
+    path = tmp_path / "image"
+    flash = image(path)
+    shadow = Shadow(flash, 3)
+    for lba in range(shadow.sectors):
+        assert shadow.write_at(lba) == 0
+    flash.close()
+    for _ in range(15):
+        flash = image(path, "wear.ecc_bits=20", "wear.rber=0.0009", "wear.retries=0")
+        shadow.disk = flash.disk
+        assert {outcome(shadow, lba) for lba in shadow.random.sample(range(shadow.sectors), 4)} <= {"right", "EIO"}
+        flash.close()
+    flash = image(path)
+    shadow.disk = flash.disk
+    for _ in range(6 * shadow.sectors):
+        assert shadow.write() == 0
+    assert flash.ftl.stats()["chunks_retired"] > 0
+    flash.close()
+
+
 def test_refreshed_lines_are_noted() -> None:
     flash = device("wear.ecc_bits=100", "wear.disturb=0.00001", "wear.retries=0", "wear.notice_share=0.5")
     shadow = Shadow(flash, 4)

@@ -13,6 +13,7 @@ from ocssd_daemon.device import Device, DeviceError
 from ocssd_daemon.nand import aging
 from ocssd_daemon.nand.aging import AgingError
 from ocssd_daemon.nand.geometry import Geometry
+from ocssd_daemon.nand.store import open_file
 from ocssd_daemon.nand.wear import Model
 from ocssd_daemon.settings import build, from_assignments
 
@@ -135,6 +136,24 @@ def test_data_ages_while_the_daemon_is_down(tmp_path: Path, how: str) -> None:
     flash = start()
     assert age_days(flash) == (140 if how == "killed" else 130)
     flash.close()
+    wall.now_ns += 1000 * DAY_NS  # and right again: those days have not passed
+    flash = start()
+    assert age_days(flash) == (140 if how == "killed" else 130)
+    flash.close()
+
+
+@pytest.mark.parametrize("said", [{"age_ns": 2**64 - 1, "wall_ns": 1}, {"age_ns": 2**80}, {"age_ns": -1}])
+def test_an_image_that_says_it_is_absurdly_old_starts_and_goes_on_ageing(tmp_path: Path, said: dict[str, int]) -> None:
+    path = str(tmp_path / "image")
+    layers = from_assignments((*SMALL, *AGING, f"store={path}"))
+    Device(build(layers), frozenset(), "real", WallClock()).close()
+    store = open_file(path, Geometry())
+    store.save_superblock(**said)
+    store.close()
+    for _ in range(2):
+        flash = Device(build(layers), frozenset(), "real", WallClock())
+        assert 0 <= age_of(flash.media) < 1 << 63
+        flash.close()
 
 
 def test_a_raw_device_without_wear_remembers_its_age_too(tmp_path: Path) -> None:
