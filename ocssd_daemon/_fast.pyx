@@ -603,6 +603,11 @@ cdef class Reactor:
     def stop(self):
         reactor_stop(&self.r)
 
+    @property
+    def turn(self):
+        """Number of the turn that is being made; None while the loop sleeps. Looked at without the lock."""
+        return None if self.r.sleeping else self.r.turns
+
     def follow(self, Media media):
         """Let completions follow what suspends the programs of *media* that they wait for. The media must outlive the loop."""
         self.media = media

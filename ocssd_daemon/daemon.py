@@ -23,7 +23,7 @@ import trio
 from ocssd_daemon._fast import give_back_memory
 from ocssd_daemon.control.methods import handlers
 from ocssd_daemon.control.server import serve_control
-from ocssd_daemon.device import Device
+from ocssd_daemon.device import INTERRUPT, Device
 from ocssd_daemon.doors import DOORS, Door
 from ocssd_daemon.lifecycle import Step, Tasks, live
 from ocssd_daemon.log import kv
@@ -91,6 +91,7 @@ class Daemon:
             self._stopping.set()
 
     async def _obey_signals(self) -> None:
+        signal.signal(INTERRUPT, lambda *_: None)
         with trio.open_signal_receiver(*STOP_SIGNALS) as arrived:
             asked = False  # by a signal: one that meets a daemon which ends of its own accord changes nothing
             async for number in arrived:

@@ -10,6 +10,7 @@ Knows no socket and no event loop.
 from __future__ import annotations
 
 import logging
+import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -31,6 +32,8 @@ log = logging.getLogger(__name__)
 
 Counters = Mapping[str, int | float]
 Clock = Literal["real", "virtual"]
+GUARD_S = 1.0
+INTERRUPT = signal.SIGURG  # ignored unless the daemon wants it: it ends a system call that blocks, and nothing else
 NO_DISK = "ftl.pus: the host FTL owns no parallel unit, so there is no disk to serve"
 
 
@@ -84,6 +87,7 @@ class Device:
             self.ftl.notify(self.reactor.event_fd)
         self._thread: threading.Thread | None = None
         self._stopped = False
+        self._ended = threading.Event()
 
     def close(self) -> None:
         """Clean stop of a device whose reactor stands still: program the buffers, leave a checkpoint."""
@@ -127,6 +131,20 @@ class Device:
 
         self._thread = threading.Thread(target=run, name="reactor", daemon=True)
         self._thread.start()
+        threading.Thread(target=self._guard, args=(self._thread,), name="guard", daemon=True).start()
+
+    def _guard(self, reactor: threading.Thread) -> None:
+        """Free the loop from a descriptor that its peer made block: a turn takes a millisecond, not seconds.
+
+        A peer shares the flags of the eventfds that it gave us, and may clear O_NONBLOCK at any time. Asking before each
+        signal would cost every honest one a system call, and still leave a race.
+        """
+        before = None
+        while not self._ended.wait(GUARD_S):
+            now = self.reactor.turn
+            if now is not None and now == before and reactor.ident is not None and reactor.is_alive():
+                signal.pthread_kill(reactor.ident, INTERRUPT)
+            before = now
 
     def stop(self) -> None:
         """Stop the loop and wait for it; what it had deferred is completed first."""
@@ -135,6 +153,7 @@ class Device:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+        self._ended.set()
 
     def touch(self) -> None:
         """Returns once the loop has given its lock away, which it does within a millisecond while it lives."""

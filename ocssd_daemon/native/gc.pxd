@@ -29,6 +29,7 @@ from ocssd_daemon.native.wear cimport (
 
 cdef extern from "errno.h" nogil:
     int errno
+    int EINTR
 
 cdef extern from "unistd.h" nogil:
     int fdatasync(int)
@@ -488,8 +489,9 @@ cdef inline void gc_pace(ftl_t *f, uint32_t user_sectors) noexcept nogil:
 
 cdef inline int host_sync(ftl_t *f) noexcept nogil:
     """Bring the image to the host's disk; lines that waited for it are erased. Returns 0 or an errno."""
-    if f.media.store_fd >= 0 and fdatasync(f.media.store_fd) != 0:
-        return errno
+    while f.media.store_fd >= 0 and fdatasync(f.media.store_fd) != 0:
+        if errno != EINTR:
+            return errno
     erase_pending(f)
     return 0
 

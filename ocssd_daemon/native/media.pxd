@@ -134,6 +134,7 @@ cdef extern from "fcntl.h" nogil:
 cdef extern from "errno.h" nogil:
     int errno
     int EDQUOT
+    int EINTR
     int ENOSPC
 
 
@@ -267,7 +268,10 @@ cdef inline bint may_open(const media_t *m, uint32_t chunk) noexcept nogil:
 
 cdef inline bint disk_is_full(int fd, uint64_t offset, uint64_t length) noexcept nogil:
     """Allocate a range of the image. File systems that cannot do it ahead of time are trusted to have room."""
-    return fallocate(fd, 0, offset, length) != 0 and (errno == ENOSPC or errno == EDQUOT)
+    while fallocate(fd, 0, offset, length) != 0:
+        if errno != EINTR:
+            return errno == ENOSPC or errno == EDQUOT
+    return False
 
 
 cdef inline int store_reserve(media_t *m, uint32_t chunk) noexcept nogil:

@@ -81,11 +81,11 @@ cdef extern from *:
     static inline void ocssd_release_fence(void) { __atomic_thread_fence(__ATOMIC_RELEASE); }
     static inline void ocssd_eventfd_signal(int fd) {
         uint64_t one = 1;
-        while (write(fd, &one, sizeof one) < 0 && errno == EINTR) {}
+        if (write(fd, &one, sizeof one) < 0) {}
     }
     static inline void ocssd_eventfd_drain(int fd) {
         uint64_t count;
-        while (read(fd, &count, sizeof count) < 0 && errno == EINTR) {}
+        if (read(fd, &count, sizeof count) < 0) {}
     }
     """
     uint64_t now_ns "ocssd_now_ns" () noexcept nogil
@@ -106,6 +106,7 @@ cdef extern from *:
     void copies_end "ocssd_copies_end" () noexcept nogil
     void full_fence "ocssd_full_fence" () noexcept nogil
     void release_fence "ocssd_release_fence" () noexcept nogil
-    # Both ignore every error but EINTR: a full counter is still a signal, and a peer may hand us any kind of fd.
+    # Both ignore every error: a full counter is still a signal, and a peer may hand us any kind of fd. EINTR comes only when
+    # a peer has made its fd block, and device.py's guard has freed us from it: not to be tried again.
     void eventfd_signal "ocssd_eventfd_signal" (int fd) noexcept nogil
     void eventfd_drain "ocssd_eventfd_drain" (int fd) noexcept nogil

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import socket
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -196,3 +196,25 @@ async def test_write_through_stays_when_the_daemon_is_started_again(tmp_path, di
                 frontend.disconnect()
                 await another.connect(str(path))
                 assert (await another.config())[WCE] == 1  # another guest begins with write back
+
+
+async def test_a_call_descriptor_that_is_made_to_block_stops_the_loop_for_seconds_at_most(tmp_path):
+    """The peer shares its flags: it fills the counter and clears O_NONBLOCK when we have looked."""
+    path = tmp_path / "vhost.sock"
+    with daemon(tmp_path, "--socket", str(path), *SMALL) as attacked, Frontend() as frontend:
+        await frontend.connect(str(path))
+        await frontend.start()
+        await write(frontend, 0, DATA)
+        call_fd = frontend.rings[0].call_fd
+        with suppress(BlockingIOError):
+            os.eventfd_read(call_fd)
+        os.eventfd_write(call_fd, 2**64 - 2)
+        os.set_blocking(call_fd, True)
+        assert await read(frontend, 0, len(DATA)) == DATA
+        assert await trio.to_thread.run_sync(attacked.ask, "stats")
+        os.set_blocking(call_fd, False)
+        frontend.disconnect()
+        with Frontend() as another:
+            await another.connect(str(path))
+            await another.start()
+            assert await read(another, 0, len(DATA)) == DATA
