@@ -8,6 +8,8 @@ Knows no transport and no reactor: the caller stands the reactor still.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +41,7 @@ def before_use(settings: Settings, store: Store) -> None:
         return
     try:
         _prepare(settings, store)
-    except (aging.AgingError, faults.FaultError) as error:
+    except faults.FaultError as error:
         raise PhysicsError(str(error)) from None
 
 
@@ -47,7 +49,8 @@ def _prepare(settings: Settings, store: Store) -> None:
     if settings.wear.pe_limit:
         aging.set_endurance(store.chunks, settings.wear.pe_limit, settings.wear.pe_spread, settings.seed)
     if settings.age:
-        age = aging.parse_age(settings.age)
+        with _said_of("age", settings.age):
+            age = aging.parse_age(settings.age)
         if age.life and not settings.wear.pe_limit:
             raise PhysicsError("age: life needs an endurance; set wear.pe_limit")
         aging.set_life(store.chunks, age.life, settings.wear.pe_limit, age.seed)
@@ -57,8 +60,20 @@ def _prepare(settings: Settings, store: Store) -> None:
     aging.mark_bad(store.chunks, _bad(settings, store.geometry))
 
 
+@contextlib.contextmanager
+def _said_of(key: str, text: str) -> Iterator[None]:
+    """What is wrong with *text*, or with a part of it, is told with the setting that it came from."""
+    try:
+        yield
+    except aging.AgingError as error:
+        raise PhysicsError(f"{key}={text}: {str(error).removeprefix(f'{text}: ')}") from None
+
+
 def _bad(settings: Settings, geometry: Geometry) -> list[int]:
-    bad = aging.bad_chunks(settings.faults.bad, geometry, settings.seed) if settings.faults.bad else []
+    bad = []
+    if settings.faults.bad:
+        with _said_of("faults.bad", settings.faults.bad):
+            bad += aging.bad_chunks(settings.faults.bad, geometry, settings.seed)
     if settings.faults.bad_table:
         bad += faults.load_bad_blocks(settings.faults.bad_table, geometry.total_pus, geometry.chunks)
     return bad

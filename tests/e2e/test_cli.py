@@ -224,9 +224,10 @@ def test_a_client_that_finds_nobody_says_so(tmp_path: Path, arguments: list[str]
     assert (done.returncode, done.stderr.strip()) == (code, line)
 
 
-def test_a_client_that_is_led_to_another_socket_says_so(tmp_path: Path) -> None:
-    with daemon(tmp_path, "--nbd", f"unix:{tmp_path}/nbd"):
-        done = run_client("--control", f"{tmp_path}/nbd", "info")
+@pytest.mark.parametrize("door", ["nbd", "vhost"])
+def test_a_client_that_is_led_to_another_socket_says_so(tmp_path: Path, door: str) -> None:
+    with daemon(tmp_path, "--nbd", f"unix:{tmp_path}/nbd", "--socket", f"{tmp_path}/vhost"):
+        done = run_client("--control", f"{tmp_path}/{door}", "info")
     assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
     assert "is no control socket" in done.stderr
 
