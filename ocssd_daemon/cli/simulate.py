@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from ocssd_daemon.cli.arguments import config_option, preset_option, set_option, settings_of
+from ocssd_daemon.cli.arguments import FiniteRange, config_option, preset_option, set_option, settings_of
 from ocssd_daemon.cli.output import Refusal, WrongSettings, output_option, progress_bar, show
 
 
@@ -61,21 +61,21 @@ def _write_extras(result: dict[str, Any], plot: str | None, table: str | None) -
 )
 @click.option(
     "--fill",
-    type=click.FloatRange(0, 1),
+    type=FiniteRange(0, 1),
     default=1.0,
     show_default=True,
     help="Share of the disk written beforehand.",
 )
 @click.option(
     "--overwrites",
-    type=click.FloatRange(0, min_open=True),
+    type=FiniteRange(0, min_open=True),
     default=10.0,
     show_default=True,
     help="Length, in times the filled part.",
 )
 @click.option("--ios", type=click.IntRange(1), help="Length in requests, instead.")
 @click.option(
-    "--warmup", type=click.FloatRange(0), default=5.0, show_default=True, help="Overwrites before measuring."
+    "--warmup", type=FiniteRange(0), default=5.0, show_default=True, help="Overwrites before measuring."
 )
 @click.option("--seed", type=click.IntRange(0), default=7, show_default=True, help="Seed of the workload.")
 @click.option("--plot", metavar="OUT.png", help="Draw IOPS, WAF and GC share over time.")

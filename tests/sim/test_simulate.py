@@ -140,6 +140,9 @@ def test_a_table_can_be_written_as_csv(tmp_path: Path) -> None:
         ),
         (("--workload", "randwrite", "--plot", "/no/such/directory/out.png"), "/no/such/directory/out.png: "),
         (("--workload", "randwrite", "--plot", "out.doc"), "out.doc: "),
+        (("--workload", "randwrite", "--fill", "nan"), "'--fill': nan is not finite"),
+        (("--workload", "randwrite", "--warmup", "nan"), "'--warmup': nan is not finite"),
+        (("--workload", "randwrite", "--overwrites", "inf"), "'--overwrites': inf is not finite"),
     ],
 )
 def test_bad_input_is_one_line_that_names_it(arguments: tuple[str, ...], complaint: str) -> None:
