@@ -14,7 +14,7 @@ from ocssd_daemon.cli.arguments import config_option, preset_option, set_option,
 from ocssd_daemon.cli.output import output_option, show
 
 
-@click.command("check-geometry")
+@click.command("check-geometry", short_help="Say who in a guest refuses a device, and why.")
 @preset_option
 @config_option
 @set_option

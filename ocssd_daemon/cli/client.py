@@ -39,15 +39,18 @@ def main(context: click.Context, control: str | None) -> None:
     context.obj = control
 
 
+SHORT = {"info": "Say what is running, and its settings.", "stats": "Counters of the FTL, the flash and the doors."}
+
+
 def _plain_command(method: str) -> None:
-    @main.command(method, help=schema.METHODS[method].effect)
+    @main.command(method, help=schema.METHODS[method].effect, short_help=SHORT[method])
     @output_option
     @click.pass_obj
     def command(control: str | None, output: str) -> None:
         show(call(find(control), method), output)
 
 
-for _method in ("info", "stats"):
+for _method in SHORT:
     _plain_command(_method)
 
 

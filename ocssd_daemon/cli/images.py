@@ -27,7 +27,7 @@ IMPORT_KEYS = tuple(f"geometry.{name}" for name in ("ws_min", "ws_opt", "mw_cuni
 # ocssd create.
 
 
-@click.command()
+@click.command(short_help="Make an image file for --store.")
 @click.argument("path", metavar="FILE")
 @preset_option
 @config_option
@@ -77,7 +77,7 @@ def _make(path: str, settings: Any, whole: bool) -> None:
 # ocssd import.
 
 
-@click.command("import")
+@click.command("import", short_help="Make an image of one of the earlier emulator.")
 @click.argument("source", metavar="SRC")
 @click.argument("path", metavar="DST")
 @set_option

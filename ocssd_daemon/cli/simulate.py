@@ -44,7 +44,7 @@ def _write_extras(result: dict[str, Any], plot: str | None, table: str | None) -
         raise Refusal(str(error)) from None
 
 
-@click.command()
+@click.command(short_help="Run a workload in virtual time, without a daemon.")
 @set_option
 @config_option
 @preset_option

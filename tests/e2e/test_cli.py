@@ -187,8 +187,10 @@ def test_it_is_ready_within_its_budget(tmp_path: Path) -> None:
 def test_show_attach_prints_lines_to_paste(tmp_path: Path) -> None:
     with daemon(tmp_path, "--nbd", f"unix:{tmp_path}/nbd", "--show-attach") as ours:
         assert f"'nbd+unix:///?socket={tmp_path}/nbd'" in ours.said()
-        line = next(line for line in ours.said().splitlines() if line.endswith(f"--control {tmp_path}/control.ctl stats"))
-        assert "user_sectors_written" in subprocess.run(line, shell=True, check=True, capture_output=True, text=True).stdout
+        ask = f"--control {tmp_path}/control.ctl stats"
+        line = next(line for line in ours.said().splitlines() if line.endswith(ask))
+        told = subprocess.run(line, shell=True, check=True, capture_output=True, text=True).stdout
+        assert "user_sectors_written" in told
 
 
 # ocssd
