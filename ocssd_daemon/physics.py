@@ -112,7 +112,11 @@ class Physics:
         attach_timing(self.media, self.timing if on else None, virtual=self.virtual)
 
     def add_rule(self, rule: Rule) -> int:
-        """Add a rule. Returns its id. Raises ValueError when there are too many."""
+        """Add a rule. Returns its id. Raises ValueError when there are too many, or when it could never strike."""
+        for key in ("group", "pu", "chunk", "sector"):
+            count = getattr(self.geometry, f"{key}s")
+            if getattr(rule, key)[0] >= count:
+                raise PhysicsError(f"{rule.text}: {key}= must begin below {count}, the flash ends there")
         if rule.action in (faults.ACTIONS["slow"], faults.ACTIONS["hang"]) and self.timing is None:
             # Delays need timelines, even where everything else takes no time.
             self.timing = Timing(self.geometry, Latency(page_sectors=1, planes=1, buffer_sectors=1 << 16))
