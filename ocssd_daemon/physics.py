@@ -8,6 +8,8 @@ Knows no transport and no reactor: the caller stands the reactor still.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +42,7 @@ def before_use(settings: Settings, store: Store) -> None:
         return
     try:
         _prepare(settings, store)
-    except (aging.AgingError, faults.FaultError) as error:
+    except faults.FaultError as error:
         raise PhysicsError(str(error)) from None
 
 
@@ -48,7 +50,8 @@ def _prepare(settings: Settings, store: Store) -> None:
     if settings.wear.pe_limit:
         aging.set_endurance(store.chunks, settings.wear.pe_limit, settings.wear.pe_spread, settings.seed)
     if settings.age:
-        age = aging.parse_age(settings.age)
+        with _said_of("age", settings.age):
+            age = aging.parse_age(settings.age)
         if age.life and not settings.wear.pe_limit:
             raise PhysicsError("age: life needs an endurance; set wear.pe_limit")
         aging.set_life(store.chunks, age.life, settings.wear.pe_limit, age.seed)
@@ -58,8 +61,20 @@ def _prepare(settings: Settings, store: Store) -> None:
     aging.mark_bad(store.chunks, _bad(settings, store.geometry))
 
 
+@contextlib.contextmanager
+def _said_of(key: str, text: str) -> Iterator[None]:
+    """What is wrong with *text*, or with a part of it, is told with the setting that it came from."""
+    try:
+        yield
+    except aging.AgingError as error:
+        raise PhysicsError(f"{key}={text}: {str(error).removeprefix(f'{text}: ')}") from None
+
+
 def _bad(settings: Settings, geometry: Geometry) -> list[int]:
-    bad = aging.bad_chunks(settings.faults.bad, geometry, settings.seed) if settings.faults.bad else []
+    bad = []
+    if settings.faults.bad:
+        with _said_of("faults.bad", settings.faults.bad):
+            bad += aging.bad_chunks(settings.faults.bad, geometry, settings.seed)
     if settings.faults.bad_table:
         bad += faults.load_bad_blocks(settings.faults.bad_table, geometry.total_pus, geometry.chunks)
     return bad
@@ -98,7 +113,11 @@ class Physics:
         attach_timing(self.media, self.timing if on else None, virtual=self.virtual)
 
     def add_rule(self, rule: Rule) -> int:
-        """Add a rule. Returns its id. Raises ValueError when there are too many."""
+        """Add a rule. Returns its id. Raises ValueError when there are too many, or when it could never strike."""
+        for key in ("group", "pu", "chunk", "sector"):
+            count = getattr(self.geometry, f"{key}s")
+            if getattr(rule, key)[0] >= count:
+                raise PhysicsError(f"{rule.text}: {key}= must begin below {count}, the flash ends there")
         if rule.action in (faults.ACTIONS["slow"], faults.ACTIONS["hang"]) and self.timing is None:
             # Delays need timelines, even where everything else takes no time.
             self.timing = Timing(self.geometry, Latency(page_sectors=1, planes=1, buffer_sectors=1 << 16))

@@ -360,6 +360,8 @@ def build(*layers: Layer) -> Settings:
     for layer in layers:
         given.update(layer)
     values = {key: check(key, one) for key, one in given.items()}
+    if values.get("store") == "":
+        raise SettingsError("store", "must be a path", *given["store"])
     if values.get("size") is not None:
         values.update(_geometry_for_size(values, given))
     settings = msgspec.convert(_nested(values), Settings)

@@ -89,6 +89,9 @@ def built_once(target: Path, key: str) -> Iterator[Path | None]:
 
 def fetch(selection: Selection, work: Path) -> list[Path]:
     """Download *selection* and all it depends on into *work*; returns the .deb files."""
+    for program in ("apt-get", "apt-config", "dpkg-deb"):
+        if shutil.which(program) is None:
+            raise PackagesError(f"needs {program}, which Debian and Ubuntu have")
     if not KEYRING.exists():
         raise PackagesError(f"needs {KEYRING}: apt-get install debian-archive-keyring")
     environment = {**os.environ, "APT_CONFIG": str(_private_apt(selection, work)), "LC_ALL": "C"}

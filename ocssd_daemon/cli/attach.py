@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 GUEST_MEMORY = "1G"
 
@@ -38,12 +41,18 @@ def vfio_line(socket: str) -> str:
     )
 
 
+def client() -> str:
+    """How this shell starts ``ocssd``: with its directory when that is not on the PATH, as in a virtual environment."""
+    beside = Path(sys.executable).with_name("ocssd")
+    return shlex.quote(str(beside)) if shutil.which("ocssd") is None and beside.exists() else "ocssd"
+
+
 # By the names that --run exports; the order is the order on the screen.
 SECTIONS: dict[str, tuple[str, Callable[[str], str]]] = {
     "socket": ("QEMU (add your guest's own -drive, -cdrom or -kernel):", qemu_line),
     "uri": ("NBD clients (nbdinfo, nbdcopy, qemu-img, fio, nbd-client):", shlex.quote),
     "vfio": ("QEMU 10.1 or newer, for the NVMe controller:", vfio_line),
-    "ctl": ("ocssd:", lambda path: f"ocssd --control {shlex.quote(path)} stats"),
+    "ctl": ("ocssd:", lambda path: f"{client()} --control {shlex.quote(path)} stats"),
 }
 
 

@@ -23,6 +23,7 @@ from ocssd_daemon.log import LEVELS, configure, kv
 
 if TYPE_CHECKING:
     from ocssd_daemon.daemon import Daemon
+    from ocssd_daemon.nand.geometry import Geometry
 
 log = logging.getLogger(__name__)
 
@@ -156,28 +157,30 @@ def main(**flags: Any) -> None:
     except sets.SettingsError as error:
         fail(str(error), 2)
     if flags["check"]:
-        _check_device(settings, sets.named(*layers))
-        _say_checked(settings)
+        _say_checked(_check_device(settings, sets.named(*layers)))
         return
     sys.exit(_serve(settings, flags, sets.named(*layers)))
 
 
-def _check_device(settings: sets.Settings, named: frozenset[str]) -> None:
-    """Refuse what is sound one by one but makes no device; an image that exists decides for itself."""
+def _check_device(settings: sets.Settings, named: frozenset[str]) -> Geometry:
+    """Refuse what is sound one by one but makes no device, or does not fit the image. Returns the geometry to be."""
     import msgspec
 
     from ocssd_daemon.device import Device, DeviceError
+    from ocssd_daemon.nand.store import StoreError, look
 
-    if settings.store and os.path.exists(settings.store) and os.path.getsize(settings.store):
-        return
     try:
+        if settings.store and os.path.exists(settings.store) and os.path.getsize(settings.store):
+            return look(settings.store, settings.geometry, sets.names_geometry(named))
         Device(msgspec.structs.replace(settings, store=None), named, clock="virtual").close()
+        return settings.geometry
+    except StoreError as error:
+        fail(str(error), 1)
     except (sets.SettingsError, DeviceError) as error:
         fail(str(error), 2)
 
 
-def _say_checked(settings: sets.Settings) -> None:
-    geometry = settings.geometry
+def _say_checked(geometry: Geometry) -> None:
     click.echo(
         f"good: {geometry.groups} groups, {geometry.pus} PUs each, {geometry.chunks} chunks each, "
         f"{geometry.sectors} sectors each, {geometry.raw_bytes} bytes of flash"

@@ -6,22 +6,18 @@ import os
 from typing import Any
 
 import click
-import msgspec
+
+from ocssd_daemon.cli.output import output_option, show
+from ocssd_daemon.cli.rpc import call, find
 
 KINDS = ["resetfail", "writefail", "chunkstate", "bbtable", "rules"]
 
-output_option = click.option(
-    "-o", "--output", type=click.Choice(["text", "json"]), default="text", help="Form of the output."
-)
-
 
 def _ask(context: click.Context, method: str, params: dict[str, Any], output: str) -> None:
-    from ocssd_daemon.cli.client import call, find
+    show(call(find(context.obj), method, params), output, _show_rules)
 
-    result = call(find(context.obj), method, params)
-    if output == "json":
-        click.echo(msgspec.json.format(msgspec.json.encode(result), indent=2))
-        return
+
+def _show_rules(result: dict[str, Any]) -> None:
     for rule in result["rules"]:
         click.echo(f"{rule['id']:>3}  {rule['hits']:>8} of {rule['seen']:<8}  {rule['rule']}")
 

@@ -14,34 +14,25 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 import msgspec
 
-from ocssd_daemon.cli.simulate import progress_bar
+from ocssd_daemon.cli.arguments import config_option, preset_option, set_option
+from ocssd_daemon.cli.output import Refusal, WrongSettings, output_option, progress_bar, show
 
-output_option = click.option(
-    "-o", "--output", type=click.Choice(["text", "json"]), default="text", help="Form of the output."
-)
-set_option = click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="One setting. Repeatable.")
 PART = ".part"
 IMPORT_KEYS = tuple(f"geometry.{name}" for name in ("ws_min", "ws_opt", "mw_cunits", "maxoc", "maxocpu"))
-
-
-def fail(line: str, code: int) -> NoReturn:
-    """End with one line on stderr."""
-    click.echo(f"ocssd: {line}", err=True)
-    sys.exit(code)
 
 
 # ocssd create.
 
 
-@click.command()
+@click.command(short_help="Make an image file for --store.")
 @click.argument("path", metavar="FILE")
-@click.option("--preset", default="default", metavar="NAME", help="Start from this preset.")
-@click.option("--config", metavar="FILE", help="Settings in TOML.")
+@preset_option
+@config_option
 @click.option("--qemu-img", "options", metavar="OPTIONS",
               help="Options of the reference's qemu-img create -f ocssd: num_grp=2,num_pu=4,...")
 @click.option("--size", metavar="SIZE", help="Raw flash, such as 4G.")
@@ -62,11 +53,11 @@ def create(path: str, preset: str, config: str | None, options: str | None, size
         ]
         settings = sets.build(*layers)
     except sets.SettingsError as error:
-        fail(str(error), 2)
+        raise WrongSettings(str(error)) from None
     _make(path, settings, qemu_img.wants_room(options))
     result = {**_described(path, settings.geometry), "notes": translated.notes,
               "serve": _serve_line(path, settings, {key for layer in layers for key in layer})}
-    _show(result, output)
+    show(result, output)
 
 
 def _geometry_only(assignments: tuple[str, ...]) -> dict[str, Any]:
@@ -88,7 +79,7 @@ def _make(path: str, settings: Any, whole: bool) -> None:
 # ocssd import.
 
 
-@click.command("import")
+@click.command("import", short_help="Make an image of one of the earlier emulator.")
 @click.argument("source", metavar="SRC")
 @click.argument("path", metavar="DST")
 @set_option
@@ -109,13 +100,13 @@ def import_image(source: str, path: str, assignments: tuple[str, ...], output: s
             kinds = ["ocssd20"] * image.namespaces
             multi_reset = bool(image.mccap & 2)
     except ImageError as error:
-        fail(str(error), 1)
+        raise Refusal(str(error)) from None
     result = {
         "source": source, **_described(path, image.geometry), **dataclasses.asdict(report),
         "serve": _line(path, {"nvme.namespaces": kinds} if len(kinds) > 1 else {},
                        {"nvme.multi_reset": True} if multi_reset else {}),
     }
-    _show(result, output)
+    show(result, output)
 
 
 def _overrides(assignments: tuple[str, ...]) -> dict[str, int]:
@@ -128,7 +119,7 @@ def _overrides(assignments: tuple[str, ...]) -> dict[str, int]:
                 raise sets.SettingsError(key, f"an import can replace {', '.join(IMPORT_KEYS)}", *given)
         return {key.partition(".")[2]: sets.check(key, given) for key, given in layer.items()}
     except sets.SettingsError as error:
-        fail(str(error), 2)
+        raise WrongSettings(str(error)) from None
 
 
 # Both.
@@ -147,19 +138,19 @@ def _new_image(path: str, geometry: Any) -> Iterator[Any]:
             store = open_file(part, geometry, True)
         except StoreError as error:
             _unlink(part)
-            fail(str(error).replace(part or path, path), 1)
+            raise Refusal(str(error).replace(part or path, path)) from None
         except OSError as error:
             _unlink(part)
-            fail(f"{path}: cannot be made: {error.strerror}", 1)
+            raise Refusal(f"{path}: cannot be made: {error.strerror}") from None
         try:
             yield store
             store.sync()
             check_unused(path)                  # it took a while: somebody may have made one meanwhile
             os.replace(part, path)
         except StoreError as error:
-            fail(str(error), 1)
+            raise Refusal(str(error)) from None
         except OSError as error:
-            fail(f"{path}: {error.strerror or error}", 1)
+            raise Refusal(f"{path}: {error.strerror or error}") from None
         finally:
             store.close()
             _unlink(part)
@@ -213,15 +204,3 @@ def _text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ",".join(map(str, value))
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _show(result: dict[str, Any], output: str) -> None:
-    if output == "json":
-        click.echo(msgspec.json.format(msgspec.json.encode(result), indent=2))
-        return
-    from ocssd_daemon.cli.client import rows_of
-
-    rows = list(rows_of(result))
-    width = max(len(name) for name, _ in rows)
-    for name, value in rows:
-        click.echo(f"{name:<{width}}  {value}")

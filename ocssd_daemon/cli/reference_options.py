@@ -119,7 +119,7 @@ def only(value: int, reason: str) -> Rule:
 def parse(text: str, table: Mapping[str, Rule], source: str, known_as: str) -> Line:
     """Names and values of ``name=value,…``; a comma in a value is written twice, as QEMU wants it."""
     line: dict[str, str] = {}
-    for word in text.replace(",,", "\0").split(","):
+    for word in text.replace(",,", "\0").split(",") if text.strip() else []:
         name, equals, value = word.strip().replace("\0", ",").partition("=")
         if not equals or name not in table:
             close = difflib.get_close_matches(name, table, 1)

@@ -1,6 +1,6 @@
 """``ocssd sweep``: owns its arguments and where its results go. Everything heavy is imported when it runs.
 
-Exit codes: 0 every point ran, 1 the sweep or a point cannot be run, 2 usage.
+Exit codes: 0 every point ran, 1 a point cannot be run or the results not written, 2 usage or a wrong sweep.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from ocssd_daemon.cli.simulate import progress_bar, refuse
+from ocssd_daemon.cli.output import Refusal, WrongSettings, progress_bar
 
 
 def _plots(sweep: Any, rows: list[dict[str, Any]], path: str) -> list[str]:
@@ -49,12 +49,17 @@ def _plots(sweep: Any, rows: list[dict[str, Any]], path: str) -> list[str]:
 @click.option("--processes", type=click.IntRange(1), help="Local processes; default: one per core.")
 def sweep(file: str, table: str, plot: str | None, address: str | None, processes: int | None) -> None:
     """Run a grid of simulations. Stop it at any time: it goes on where it stood."""
+    from ocssd_daemon.sim import plots, tables
     from ocssd_daemon.sim import sweep as sweeps
-    from ocssd_daemon.sim import tables
 
     try:
         tables.check_path(table)
+        if plot:
+            plots.check_path(plot)
         plan = sweeps.load(file)
+    except (sweeps.SweepError, tables.OutputError) as error:
+        raise WrongSettings(str(error)) from None
+    try:
         with progress_bar(file) as progress:
             rows = sweeps.results(
                 plan,
@@ -65,8 +70,8 @@ def sweep(file: str, table: str, plot: str | None, address: str | None, processe
         tables.write(tables.squared(rows), table)
         written = [table, *(_plots(plan, rows, plot) if plot else [])]
     except (sweeps.SweepError, tables.OutputError, OSError) as error:
-        raise refuse(str(error)) from None
+        raise Refusal(str(error)) from None
     failed = [row for row in rows if row["error"]]
     click.echo(f"{len(rows)} points, {len(failed)} failed: {', '.join(written)}")
     if failed:
-        raise refuse(f"{len(failed)} points failed, the first: {failed[0]['error']}")
+        raise Refusal(f"{len(failed)} points failed, the first: {failed[0]['error']}")

@@ -348,9 +348,20 @@ def open_file(path: str, wanted: Geometry, explicit: bool = False) -> Store:
         raise
 
 
-def _open_image(fd: int, path: str, wanted: Geometry, explicit: bool) -> Store:
-    _lock(fd, path)
-    found = _read_superblock(fd, path)
+def look(path: str, wanted: Geometry, explicit: bool = False) -> Geometry:
+    """The geometry that the image at *path* has, judged as by :func:`open_file`; nothing is locked, made or changed."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be opened: {error.strerror}") from None
+    try:
+        return _judge(_read_superblock(fd, path), fd, path, wanted, explicit)[0].geometry
+    finally:
+        os.close(fd)
+
+
+def _judge(found: tuple[int, Superblock] | None, fd: int, path: str, wanted: Geometry,
+           explicit: bool) -> tuple[Superblock, Layout]:
     superblock = found[1] if found else Superblock(wanted, str(uuid.uuid4()))
     try:
         from_dict(msgspec.structs.asdict(superblock.geometry))
@@ -364,6 +375,14 @@ def _open_image(fd: int, path: str, wanted: Geometry, explicit: bool) -> Store:
         raise StoreError(
             f"{path}: is cut short, {size_bytes} of {layout.size_bytes} bytes; restore it, or use another file"
         )
+    return superblock, layout
+
+
+def _open_image(fd: int, path: str, wanted: Geometry, explicit: bool) -> Store:
+    _lock(fd, path)
+    found = _read_superblock(fd, path)
+    superblock, layout = _judge(found, fd, path, wanted, explicit)
+    size_bytes = os.fstat(fd).st_size
     # Chunk table and L2P are written at any place at any time; data and OOB are reserved chunk by chunk.
     store = Store(_map(fd, layout.size_bytes, layout.oob.offset, path), superblock, fd, path)
     if found:

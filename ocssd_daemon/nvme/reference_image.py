@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -73,6 +74,8 @@ class ReferenceImage:
         except OSError as error:
             raise ImageError(f"{path}: cannot be opened: {error.strerror}") from None
         try:
+            if not stat.S_ISREG(os.fstat(self._fd).st_mode):
+                raise ImageError(f"{path}: is not a regular file")
             self._size_bytes = os.fstat(self._fd).st_size
             self._header = self._read_header()
             pages = [self._geometry_page(i) for i in range(self._header.num_namespaces)]

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from ocssd_daemon.sim.tables import OutputError
+from ocssd_daemon.sim.tables import OutputError, check_directory
+
+
+def check_path(path: str) -> None:
+    """Raises OutputError for a drawing that could not be saved: no matplotlib, no such directory or kind of file."""
+    _pyplot(path)
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    kinds = FigureCanvasBase.get_supported_filetypes()
+    if Path(path).suffix[1:] not in {"", *kinds}:
+        raise OutputError(f"{path}: must end in one of .{', .'.join(sorted(kinds))}")
+    check_directory(path)
 
 
 def _pyplot(path: str) -> Any:

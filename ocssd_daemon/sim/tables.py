@@ -31,9 +31,16 @@ _WRITERS = {".csv": _write_csv, ".parquet": _write_parquet}
 
 
 def check_path(path: str) -> None:
-    """Raises OutputError unless *path* names a known kind of table."""
+    """Raises OutputError unless *path* names a known kind of table in a directory that is there."""
     if Path(path).suffix not in _WRITERS:
         raise OutputError(f"{path}: must end in {' or '.join(_WRITERS)}")
+    check_directory(path)
+
+
+def check_directory(path: str) -> None:
+    """Raises OutputError unless the directory of *path* exists: said before the work, not after it."""
+    if not Path(path).parent.is_dir():
+        raise OutputError(f"{path}: No such file or directory")
 
 
 def write(rows: list[dict[str, Any]], path: str) -> None:

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ocssd_daemon.cli.client import call
+from ocssd_daemon.cli.rpc import call
 from tests.kit.daemon import Daemon, daemon
 
 PROGRESS_S = 240.0  # a limit for what hangs

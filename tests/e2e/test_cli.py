@@ -63,6 +63,23 @@ def test_check_refuses_what_the_start_would_refuse(tmp_path: Path, arguments: li
     assert list(tmp_path.iterdir()) == []
 
 
+def test_check_looks_at_the_image_and_leaves_it_alone(tmp_path: Path) -> None:
+    store = tmp_path / "image"
+    check = ("--check", "--store", store)
+    assert run_client("create", "--preset", "tiny", str(store)).returncode == 0
+    whole, room = store.stat().st_size, store.stat().st_blocks
+    assert "64 sectors each, 67108864 bytes of flash" in run_daemon(*check).stdout
+    other = run_daemon(*check, "--set", "geometry.groups=4")
+    assert (other.returncode, "the image was made with geometry.groups = 1, not 4" in other.stderr) == (1, True)
+    assert (store.stat().st_size, store.stat().st_blocks) == (whole, room)
+    os.truncate(store, whole - 1)
+    cut = run_daemon(*check)
+    assert (cut.returncode, f"is cut short, {whole - 1} of {whole} bytes" in cut.stderr) == (1, True)
+    store.write_bytes(b"something else")
+    foreign = run_daemon(*check)
+    assert (foreign.returncode, "is not an image of this program" in foreign.stderr) == (1, True)
+
+
 def test_a_refused_start_leaves_an_empty_file_as_it_was(tmp_path: Path) -> None:
     store = tmp_path / "image"
     store.touch()
@@ -170,7 +187,10 @@ def test_it_is_ready_within_its_budget(tmp_path: Path) -> None:
 def test_show_attach_prints_lines_to_paste(tmp_path: Path) -> None:
     with daemon(tmp_path, "--nbd", f"unix:{tmp_path}/nbd", "--show-attach") as ours:
         assert f"'nbd+unix:///?socket={tmp_path}/nbd'" in ours.said()
-        assert f"ocssd --control {tmp_path}/control.ctl stats" in ours.said()
+        ask = f"--control {tmp_path}/control.ctl stats"
+        line = next(line for line in ours.said().splitlines() if line.endswith(ask))
+        told = subprocess.run(line, shell=True, check=True, capture_output=True, text=True).stdout
+        assert "user_sectors_written" in told
 
 
 # ocssd
@@ -224,9 +244,10 @@ def test_a_client_that_finds_nobody_says_so(tmp_path: Path, arguments: list[str]
     assert (done.returncode, done.stderr.strip()) == (code, line)
 
 
-def test_a_client_that_is_led_to_another_socket_says_so(tmp_path: Path) -> None:
-    with daemon(tmp_path, "--nbd", f"unix:{tmp_path}/nbd"):
-        done = run_client("--control", f"{tmp_path}/nbd", "info")
+@pytest.mark.parametrize("door", ["nbd", "vhost"])
+def test_a_client_that_is_led_to_another_socket_says_so(tmp_path: Path, door: str) -> None:
+    with daemon(tmp_path, "--nbd", f"unix:{tmp_path}/nbd", "--socket", f"{tmp_path}/vhost"):
+        done = run_client("--control", f"{tmp_path}/{door}", "info")
     assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
     assert "is no control socket" in done.stderr
 

@@ -235,6 +235,7 @@ def test_the_source_is_only_read_and_the_target_never_overwritten(tmp_path: Path
     assert run("import", writer.path, target).exit_code == 1
     assert run("import", writer.path, writer.path).exit_code == 1
     assert run("import", tmp_path / "none", tmp_path / "x").output.endswith("No such file or directory\n")
+    assert run("import", tmp_path, tmp_path / "x").output == f"ocssd: {tmp_path}: is not a regular file\n"
     assert (writer.path.read_bytes(), target.read_bytes()) == (before, b"my thesis")
 
 

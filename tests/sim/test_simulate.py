@@ -134,12 +134,21 @@ def test_a_table_can_be_written_as_csv(tmp_path: Path) -> None:
             ("--workload", "randwrite", "--ios", "100", "--table", "out.xls"),
             "out.xls: must end in .csv or .parquet",
         ),
+        (
+            ("--workload", "randwrite", "--table", "/no/such/directory/out.csv"),
+            "/no/such/directory/out.csv: No such file or directory",
+        ),
+        (("--workload", "randwrite", "--plot", "/no/such/directory/out.png"), "/no/such/directory/out.png: "),
+        (("--workload", "randwrite", "--plot", "out.doc"), "out.doc: "),
+        (("--workload", "randwrite", "--fill", "nan"), "'--fill': nan is not finite"),
+        (("--workload", "randwrite", "--warmup", "nan"), "'--warmup': nan is not finite"),
+        (("--workload", "randwrite", "--overwrites", "inf"), "'--overwrites': inf is not finite"),
     ],
 )
 def test_bad_input_is_one_line_that_names_it(arguments: tuple[str, ...], complaint: str) -> None:
     done = ocssd(*arguments)
-    assert done.exit_code != 0
     assert complaint in done.output
+    assert done.exit_code == (1 if "/nonexistent" in arguments else 2)
 
 
 def test_a_profile_file_names_file_and_key_when_it_is_wrong(tmp_path: Path) -> None:

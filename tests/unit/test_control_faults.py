@@ -82,6 +82,7 @@ def test_a_file_of_too_many_rules_adds_none(handlers: Any, tmp_path: Path) -> No
     ("method", "params", "complaint"),
     [
         ("fault.add", schema.FaultAdd("on=write"), "do= is missing"),
+        ("fault.add", schema.FaultAdd("on=write chunk=9999999 do=fail"), "chunk= must begin below"),
         ("fault.remove", schema.FaultId(9), "no fault rule 9"),
         ("fault.import", schema.FaultImport("rules", "/nonexistent"), "/nonexistent: No such file"),
     ],

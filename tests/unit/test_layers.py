@@ -56,3 +56,13 @@ def test_the_client_loads_neither_trio_nor_numpy() -> None:
     program = f"import sys, ocssd_daemon.cli.client; print(*({heavy}))"
     done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.split() == []
+
+
+def test_commands_stand_beside_each_other_and_import_what_they_share_from_below() -> None:
+    shared = {"arguments", "output", "rpc"}
+    commands = {p.stem for p in (PACKAGE / "cli").glob("*.py")} - shared - {"__init__", "client"}
+    for module in sorted(commands | shared):
+        text = (PACKAGE / "cli" / f"{module}.py").read_text()
+        taken = set(re.findall(r"from ocssd_daemon\.cli\.(\w+) import", text))
+        assert "client" not in taken, module
+        assert module not in shared or taken <= shared - {module}, module

@@ -214,3 +214,7 @@ def test_the_branch_is_told_by_its_options() -> None:
 def test_what_is_wrong_is_refused_by_name(line: str, says: str) -> None:
     with pytest.raises(sets.SettingsError, match=says):
         settings(line)
+
+
+def test_no_options_are_no_mistake() -> None:
+    assert translate("").notes == []

@@ -55,6 +55,7 @@ def test_an_explicit_chunk_size_is_kept_by_size() -> None:
         ("ftl.op=nan", "ftl.op=nan (--set): must be a number from 0.02 to 9.0"),
         ("read_only=perhaps", "read_only=perhaps (--set): must be true or false"),
         ("size=4X", "size=4X (--set): must be a size such as 512M or 4G"),
+        ("store=", "store= (--set): must be a path"),
         ("seed=-1", "seed=-1 (--set): must be an integer from 0 to"),
         ("geometry=3", "geometry=3 (--set): no such setting; it is a table with geometry.groups,"),
         ("geometry.ws_opt=7", "geometry.ws_opt=7 (--set): must be a multiple of ws_min (4)"),

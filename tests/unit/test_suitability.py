@@ -120,3 +120,9 @@ def test_the_command_names_the_number_and_fails():
     assert done.exit_code == 1
     assert "10 chunks per PU" in done.output
     assert CliRunner().invoke(main, ["check-geometry", "--preset", "pblk-20"]).output == "ocssd20: good for all\n"
+
+
+def test_a_wrong_setting_is_no_verdict():
+    done = CliRunner().invoke(main, ["check-geometry", "--set", "geometry.chunk=10"])
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert done.stderr == "ocssd: geometry.chunk=10 (--set): no such setting; did you mean geometry.chunks?\n"

@@ -171,9 +171,9 @@ def test_a_raw_device_without_wear_remembers_its_age_too(tmp_path: Path) -> None
     [
         (("age=life=90%",), "age: life needs an endurance; set wear.pe_limit"),
         (("age=lives=9",), "lives=9: must be KEY=VALUE with one of life, fill, retention, seed"),
-        (("age=life=190%",), "life=190%: must be a share such as 90% or 0.9"),
-        (("faults.bad=1/0/0",), "1/0/0: the flash has 1/2/32"),
-        (("faults.bad=65",), "65: the flash has 64 chunks"),
+        (("age=life=190%",), "age=life=190%: must be a share such as 90% or 0.9"),
+        (("faults.bad=1/0/0",), "faults.bad=1/0/0: the flash has 1/2/32"),
+        (("faults.bad=65",), "faults.bad=65: the flash has 64 chunks"),
         (("faults.rules=on=write",), "faults: on=write: do= is missing"),
         (("faults.file=/nonexistent",), "faults: /nonexistent: No such file or directory"),
     ],
