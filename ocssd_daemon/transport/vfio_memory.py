@@ -31,12 +31,18 @@ DmaWrite = Callable[[int, bytes], Awaitable[None]]
 
 
 class Copy:
-    """Our copy of a range that has no descriptor. Acquires a memfd; ``close`` releases it."""
+    """Our copy of a range that has no descriptor. Acquires a memfd; ``close`` releases it. Raises OSError or
+    OverflowError for a range that no file can hold.
+    """
 
     def __init__(self, address: int, size_bytes: int) -> None:
         self.address, self.size_bytes = address, size_bytes
         self.fd = os.memfd_create("dma-copy", os.MFD_CLOEXEC)
-        os.ftruncate(self.fd, size_bytes)
+        try:
+            os.ftruncate(self.fd, size_bytes)
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         os.close(self.fd)
@@ -87,7 +93,10 @@ class ClientMemory:
         if not flags & DmaFlags.WRITE:              # a ROM: nothing of ours lies there
             self._read_only[address] = size_bytes
             return 0
-        copy = Copy(address, size_bytes)
+        try:
+            copy = Copy(address, size_bytes)
+        except (OSError, OverflowError):
+            return errno.EINVAL
         if self.mapped.map(address, size_bytes, copy.fd, 0, True):
             copy.close()
             return errno.EINVAL
