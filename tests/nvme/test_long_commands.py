@@ -140,6 +140,13 @@ class Still:
         assert self.queues.create_sq(QueueShape(1, SQ, 16), 1)
         self.tail = 0
 
+    def interrupting(self) -> None:
+        """The queue pair again, with interrupts."""
+        self.queues.delete_sq(1)
+        self.queues.delete_cq(1)
+        assert self.queues.create_cq(QueueShape(1, CQ, 16), 1, True)
+        assert self.queues.create_sq(QueueShape(1, SQ, 16), 1)
+
     def submit(self, entry: bytes) -> None:
         self.ram[SQ + self.tail * 64:SQ + self.tail * 64 + 64] = entry
         self.tail += 1

@@ -1,4 +1,4 @@
-"""What a hostile vfio-user client may send, by the numbers of the matrix (VF-…): those that need a server or a controller.
+"""What a hostile vfio-user client may send, by the numbers of the matrix (VF-…), where it takes a controller to see it.
 
 Framing is in tests/unit/test_vfio_user_session.py; what QEMU itself does is in test_vfio_user.py.
 """
@@ -269,7 +269,7 @@ def test_vf_20_a_prp_list_whose_last_entry_is_itself_ends(target):
         host.create_queue()
         at = host.allocate(PAGE)
         host.memory[at:at + PAGE] = struct.pack("<512Q", *[0x100000] * 511, at)
-        last = at + PAGE - 8                                    # a list of one entry, which says where the list goes on: here
+        last = at + PAGE - 8                                    # a list of one entry, which says that it goes on here
         host.memory[last:last + 8] = struct.pack("<Q", last)
         entry = host.entry(0x02, address=0x100000, dwords=blocks(0, 8))
         host.queues[1].submit(entry[:32] + struct.pack("<Q", last) + entry[40:])
