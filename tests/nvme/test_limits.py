@@ -1,4 +1,4 @@
-"""What the controller promises in numbers: queues and entries, the 64 bits of a vector, interrupts that are held back."""
+"""What the controller promises in numbers: queues and entries, a vector's 64 bits, interrupts that are held back."""
 
 from __future__ import annotations
 
