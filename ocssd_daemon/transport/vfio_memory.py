@@ -20,8 +20,9 @@ from ocssd_daemon._nvme import GuestMemory
 from ocssd_daemon.nvme.ports import MemoryFault
 from ocssd_daemon.protocol.vfio_user.wire import MAX_DMA_MAPS, PAGE_BYTES, UNMAP_ALL, DmaFlags
 
-# Bytes of one DMA message. QEMU 11.1 takes a reply for sent when its socket took any part of it, and the stream is out of
-# step from then on. Linux queues a message of this size in one piece or not at all (net/unix: 32 KiB of pages and a head).
+# Bytes of one DMA message. QEMU 11.1 takes a reply for sent when its socket took any part of it, and the stream is
+# out of step from then on. Linux queues a message of this size in one piece or not at all (net/unix: 32 KiB of pages
+# and a head).
 WHOLE_MESSAGE_BYTES = 32 << 10
 
 KNOWN_FLAGS = DmaFlags.READ | DmaFlags.WRITE | DmaFlags.MMAP | DmaFlags.FILE_IO
