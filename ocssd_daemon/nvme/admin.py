@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .controller import Controller
 
 LIST_ENTRY_BYTES = 8
+NOT_MAPPED = b"\xff" * LIST_ENTRY_BYTES
 
 
 @dataclass(frozen=True)
@@ -198,6 +199,18 @@ def _raw12(controller: Controller, nsid: int) -> RawNamespace | Answer:
     return namespace
 
 
+def _get_l2p(controller: Controller, command: Container, _data: bytes) -> Answer:
+    """OCSSD 1.2, Get L2P table: 8 bytes per sector. The host keeps the map (DOM bit 0 is clear), so none is mapped."""
+    namespace = _raw12(controller, command.nsid)
+    if isinstance(namespace, Answer):
+        return namespace
+    body = commands.GetL2p.parse(command.dwords)
+    length_bytes = body.nlb * LIST_ENTRY_BYTES
+    if not body.nlb or body.slba + body.nlb > namespace.size_lbas or controller.exceeds_mdts(length_bytes):
+        return fail(Status.INVALID_FIELD)
+    return to_host(NOT_MAPPED * body.nlb)
+
+
 def _get_bad_blocks(controller: Controller, command: Container, _data: bytes) -> Answer:
     namespace = _raw12(controller, command.nsid)
     if isinstance(namespace, Answer):
@@ -247,8 +260,10 @@ ADMIN: dict[int, AdminCommand] = {
     AdminOpcode.DOORBELL_BUFFER: AdminCommand(_doorbell_buffer),
     AdminOpcode.FORMAT_NVM: AdminCommand(_format),
     AdminOpcode.OCSSD_IDENTIFY: AdminCommand(_ocssd_identify),
+    AdminOpcode.GET_L2P: AdminCommand(_get_l2p),
     AdminOpcode.SET_BAD_BLOCKS: AdminCommand(_set_bad_blocks, _bad_block_list),
     AdminOpcode.GET_BAD_BLOCKS: AdminCommand(_get_bad_blocks),
 }
 
-RAW_ONLY = frozenset({AdminOpcode.OCSSD_IDENTIFY, AdminOpcode.SET_BAD_BLOCKS, AdminOpcode.GET_BAD_BLOCKS})
+RAW_ONLY = frozenset({AdminOpcode.OCSSD_IDENTIFY, AdminOpcode.GET_L2P, AdminOpcode.SET_BAD_BLOCKS,
+                      AdminOpcode.GET_BAD_BLOCKS})
