@@ -22,8 +22,8 @@ from .registers import VERSION_1_3
 if TYPE_CHECKING:
     from .controller import Controller
 
-# bit buckets too; the metadata pointer may be an SGL (bit 19)
-SGLS_DWORD_ALIGNED = 2 << 0 | 1 << 16 | 1 << 19
+# data blocks and segments, no bit buckets (bit 16); the metadata pointer may be an SGL (bit 19)
+SGLS_DWORD_ALIGNED = 2 << 0 | 1 << 19
 LPA_EFFECTS, LPA_EXTENDED = 1 << 1, 1 << 2          # log offset and 32-bit length
 CRITICAL_KELVIN = 353
 CNTRLTYPE_IO = 1

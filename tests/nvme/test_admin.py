@@ -29,6 +29,7 @@ def test_identify_controller_offers_what_is_implemented(host):
     assert (found.vid, found.nn, found.sqes, found.cqes, found.mdts, found.fuses) == (0x1D1D, 3, 0x66, 0x44, 7, 1)
     assert found.oacs == 1 << 1 | 1 << 8                        # Format NVM, Doorbell Buffer Config
     assert found.oncs == 1 << 0 | 1 << 2 | 1 << 3 | 1 << 7      # Compare, DSM, Write Zeroes, Verify
+    assert found.sgls == 2 | 1 << 19                            # aligned, also for metadata; a bit bucket is refused
     assert found.lpa & 1 << 2                                   # extended log page data: lightnvm needs it
 
 
