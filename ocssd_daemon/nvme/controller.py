@@ -119,14 +119,14 @@ class Controller:
 
     def source(self, command: Container) -> Source:
         """What data *command* brings; nothing for one that does not exist."""
-        row = ADMIN.get(command.opcode) if command.opcode in self.admin_opcodes else None
+        row = ADMIN.get(command.opcode) if command.opcode in self.admin_opcodes and not command.psdt else None
         return row.source(command) if row else NOTHING
 
     def execute(self, command: Container, data: bytes) -> Answer | None:
         """Run one admin command; None when it completes later."""
         if command.opcode not in self.admin_opcodes:
             return fail(Status.INVALID_OPCODE)
-        if command.fuse:
+        if command.fuse or command.psdt:            # 4.1, PSDT: over PCIe admin commands use PRPs
             return fail(Status.INVALID_FIELD)
         return ADMIN[command.opcode].run(self, command, data)
 
