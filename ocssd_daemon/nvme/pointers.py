@@ -9,9 +9,7 @@ their number.
 
 from __future__ import annotations
 
-from construct import Container
-
-from ..protocol.nvme.commands import SglDescriptor, SglType
+from ..protocol.nvme.commands import Record, SglDescriptor, SglType
 from ..protocol.nvme.status import Status
 from .ports import GuestMemory
 
@@ -30,7 +28,7 @@ class PointerError(Exception):
         self.status = status
 
 
-async def pieces(memory: GuestMemory, command: Container, length_bytes: int, page_bytes: int) -> list[Piece]:
+async def pieces(memory: GuestMemory, command: Record, length_bytes: int, page_bytes: int) -> list[Piece]:
     """Where the *length_bytes* of the command's data lie. Raises :class:`PointerError` or ``MemoryFault``."""
     if not length_bytes:
         return []
@@ -82,7 +80,7 @@ class _SglWalk:
         self.segment: tuple[int, int] | None = None
         self._descriptors, self._last = 0, False
 
-    def take(self, entry: Container, *, ends_segment: bool) -> None:
+    def take(self, entry: Record, *, ends_segment: bool) -> None:
         """One descriptor: a data block, or the link at the end of a segment."""
         if entry.subtype or entry.type not in (SglType.DATA_BLOCK, SglType.SEGMENT, SglType.LAST_SEGMENT):
             raise PointerError(Status.SGL_TYPE_INVALID)
