@@ -41,7 +41,7 @@ PROGRAMS = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs/python.md").read_
 PRINTS = (r"47 us for a read\n", r"\d+ pages recovered\n")
 
 
-@pytest.mark.parametrize(("program", "prints"), zip(PROGRAMS, PRINTS, strict=True), ids=("time", "ftl"))
+@pytest.mark.parametrize(("program", "prints"), list(zip(PROGRAMS, PRINTS, strict=True)), ids=("time", "ftl"))
 def test_a_program_of_the_python_page_prints_what_it_should(tmp_path: Path, program: str, prints: str) -> None:
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False,
                           timeout=60, env=environment())
