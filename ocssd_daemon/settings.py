@@ -475,6 +475,8 @@ def _geometry_for_size(values: dict[str, Any], given: Layer) -> dict[str, int]:
         name: values.get(f"geometry.{name}", KEYS[f"geometry.{name}"].default)
         for name in ("groups", "pus", "sectors", "sector_bytes", "ws_opt")
     }
+    if any(count < 1 for count in shape.values()):
+        return {}  # the geometry's own rules name the one that cannot be
     row_bytes = shape["groups"] * shape["pus"] * shape["sector_bytes"]
     sectors = shape["sectors"]
     smallest = shape["sectors"] if "geometry.sectors" in given else 4 * shape["ws_opt"]

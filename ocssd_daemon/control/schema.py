@@ -105,7 +105,7 @@ class FaultAdd(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class FaultId(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One rule by its number."""
 
-    id: Annotated[int, Meta(description="the rule's number", ge=1)]
+    id: Annotated[int, Meta(description="the rule's number", ge=1, le=2**31 - 1)]
 
 
 class FaultImport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -113,8 +113,8 @@ def _chance(text: str) -> float:
 
 
 def _trigger(text: str) -> str:
-    if not 0 < len(text.encode()) <= TRIGGER_MAX:
-        raise FaultError(f"while={text}: must be a path of at most {TRIGGER_MAX} bytes")
+    if not 0 < len(text.encode()) <= TRIGGER_MAX or "\0" in text:
+        raise FaultError(f"while={text!r}: must be a path of at most {TRIGGER_MAX} bytes")
     return text
 
 

@@ -120,10 +120,14 @@ def load_profile(name: str) -> Latency:
 def _with_line(text: str, complaint: str) -> str:
     """What is wrong with a profile's field, and in which line of *text* that is."""
     field = re.search(r"field `(\w+)`|`\$\.(\w+)", complaint)
-    name = (field[1] or field[2]) if field else ""
-    at = next((n for n, line in enumerate(text.splitlines(), 1) if re.match(rf"\s*{name}\s*=", line)), 0) if name else 0
     known = f"; there are {', '.join(Latency.__struct_fields__)}" if "unknown field" in complaint else ""
-    return (f":{at}" if at else "") + f": {complaint}{known}"
+    return _line_of(text, (field[1] or field[2]) if field else "") + f": {complaint}{known}"
+
+
+def _line_of(text: str, name: str) -> str:
+    """``:N`` for the line that sets *name*, or nothing."""
+    lines = enumerate(text.splitlines(), 1)
+    return next((f":{n}" for n, line in lines if name and re.match(rf"\s*{name}\s*=", line)), "")
 
 
 def _lists(fields: dict[str, Any]) -> dict[str, Any]:
@@ -139,12 +143,19 @@ def resolve(profile: str, overrides: dict[str, Any], geometry: Geometry) -> Late
     """
     chosen = {key: value for key, value in _lists(overrides).items() if value is not None and value != ()}
     merged = msgspec.structs.replace(load_profile(profile), **chosen)
-    return None if merged.is_none else _checked(_completed(merged, geometry), geometry)
+    try:
+        return None if merged.is_none else _checked(_completed(merged, geometry), geometry)
+    except LatencyError as error:
+        if error.key in chosen or profile in PROFILES:
+            raise
+        at = _line_of(Path(profile).read_text(encoding="utf-8"), error.key)
+        value = msgspec.json.encode(getattr(merged, error.key)).decode()
+        raise LatencyError("profile", f"{profile}{at}: {error.key} = {value}: {error}") from None
 
 
 def _completed(latency: Latency, geometry: Geometry) -> Latency:
-    page = latency.page_sectors or geometry.ws_min
-    planes = latency.planes or max(1, geometry.ws_opt // page)
+    page = geometry.ws_min if latency.page_sectors is None else latency.page_sectors
+    planes = max(1, geometry.ws_opt // max(1, page)) if latency.planes is None else latency.planes
     buffer = latency.buffer_sectors
     if buffer is None:
         buffer = 2 * geometry.total_pus * max(page * planes, geometry.ws_opt)
@@ -161,6 +172,9 @@ def _checked(latency: Latency, geometry: Geometry) -> Latency:
     for key in ("erase_ns", "transfer_ns_per_sector", "controller_ns", "buffer_ns", "suspend_ns"):
         if not 0 <= getattr(latency, key) <= MAX_NS:
             raise LatencyError(key, f"must be from 0 to {MAX_NS} ns")
+    for key in ("page_sectors", "planes"):
+        if getattr(latency, key) < 1:
+            raise LatencyError(key, "must be at least 1")
     if (latency.page_sectors or 1) * (latency.planes or 1) > geometry.sectors:
         raise LatencyError("planes", f"a row of all planes must fit a chunk of {geometry.sectors} sectors")
     if not 0 <= (latency.buffer_sectors or 0) <= 1 << 24:

@@ -1,6 +1,7 @@
 """Owns the walk over a data pointer: PRP or SGL in, host pointers out, every entry copied once and checked.
 
-NVM Express Base 1.3, 4.3 (PRP) and 4.4 (SGL). The transfer length bounds the walk, so lists that loop end. A piece must
+NVM Express Base 1.3, 4.3 (PRP) and 4.4 (SGL). The transfer length bounds the walk of PRPs, so lists that loop end; SGLs may
+have empty descriptors and are bounded by their number. A piece must
 lie in mapped guest memory that may be used in that direction. Results are status values. Bytes throughout.
 """
 
@@ -20,7 +21,8 @@ cdef enum:
     SGL_BIT_BUCKET = 1
     SGL_SEGMENT = 2
     SGL_LAST_SEGMENT = 3
-    SGL_SEGMENTS_MAX = 256      # segments of one command
+    SGL_SEGMENTS_MAX = 256      # segments of one command, and
+    SGL_DESCRIPTORS_MAX = 4096  # descriptors in them; the same in nvme/pointers.py
     PIECES_PER_RANGE = 8        # regions that one contiguous guest range may run over
     LIST_CHUNK = 64             # list entries that are copied at a time
 
@@ -137,6 +139,7 @@ ctypedef struct sgl_walk_t:
     uint64_t left               # bytes of the transfer still without a place
     uint64_t segment            # of descriptors that comes next, 0: none
     uint32_t segment_bytes
+    uint32_t descriptors        # in all segments so far
     bint last                   # that segment must not link on
 
 
@@ -151,6 +154,9 @@ cdef inline int sgl_take(pieces_t *p, sgl_walk_t *w, const sgl_t *d, bint ends_s
         w.left -= take
         return pieces_add(p, d.address, take) if take else NVME_OK
     if not ends_segment or w.last or d.length == 0 or d.length & 15:
+        return NVME_SGL_SEGMENT
+    w.descriptors += d.length >> 4
+    if w.descriptors > SGL_DESCRIPTORS_MAX:
         return NVME_SGL_SEGMENT
     w.segment = d.address
     w.segment_bytes = d.length
@@ -181,6 +187,7 @@ cdef inline int sgl_walk(pieces_t *p, const sqe_t *s, uint64_t length) noexcept 
     memcpy(&first, &s.prp1, 16)
     w.left = length
     w.segment = 0
+    w.descriptors = 0
     w.last = False
     status = sgl_take(p, &w, &first, True)
     while status == NVME_OK and w.segment and w.left:

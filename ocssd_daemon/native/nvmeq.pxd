@@ -259,7 +259,8 @@ cdef inline void intx_update(nvmeq_t *self) noexcept nogil:
     if intx_pending(self):
         self.intx_masked = True
         self.counters.interrupts += 1
-        eventfd_signal(self.intx_fd)
+        if eventfd_signal(self.intx_fd):
+            self.intx_fd = NO_FD
 
 
 cdef inline void interrupt(nvmeq_t *self, cq_t *cq) noexcept nogil:
@@ -270,7 +271,8 @@ cdef inline void interrupt(nvmeq_t *self, cq_t *cq) noexcept nogil:
         intx_update(self)
     elif self.vector_fd[cq.vector] != NO_FD:
         self.counters.interrupts += 1
-        eventfd_signal(self.vector_fd[cq.vector])
+        if eventfd_signal(self.vector_fd[cq.vector]):
+            self.vector_fd[cq.vector] = NO_FD
 
 
 cdef inline void cq_signal(nvmeq_t *self, uint32_t qid) noexcept nogil:

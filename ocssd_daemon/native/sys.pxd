@@ -79,9 +79,9 @@ cdef extern from *:
     #endif
     static inline void ocssd_full_fence(void) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
     static inline void ocssd_release_fence(void) { __atomic_thread_fence(__ATOMIC_RELEASE); }
-    static inline void ocssd_eventfd_signal(int fd) {
+    static inline int ocssd_eventfd_signal(int fd) {
         uint64_t one = 1;
-        if (write(fd, &one, sizeof one) < 0) {}
+        return write(fd, &one, sizeof one) < 0 && errno == EINTR;
     }
     static inline void ocssd_eventfd_drain(int fd) {
         uint64_t count;
@@ -107,6 +107,6 @@ cdef extern from *:
     void full_fence "ocssd_full_fence" () noexcept nogil
     void release_fence "ocssd_release_fence" () noexcept nogil
     # Both ignore every error: a full counter is still a signal, and a peer may hand us any kind of fd. EINTR comes only when
-    # a peer has made its fd block, and device.py's guard has freed us from it: not to be tried again.
-    void eventfd_signal "ocssd_eventfd_signal" (int fd) noexcept nogil
+    # a peer has made its fd block, and device.py's guard has freed us from it: then the signal returns 1, and is not retried.
+    bint eventfd_signal "ocssd_eventfd_signal" (int fd) noexcept nogil
     void eventfd_drain "ocssd_eventfd_drain" (int fd) noexcept nogil

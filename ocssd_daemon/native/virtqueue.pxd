@@ -73,7 +73,8 @@ cdef inline void virtqueue_notify(vring_t *ring) noexcept nogil:
     ring.unannounced = 0
     if wanted:
         ring.signals += 1
-        signal_peer(ring.call_fd, ring.call_may_block)
+        if signal_peer(ring.call_fd, ring.call_may_block):
+            ring.call_may_block = 1
 
 
 cdef inline bint virtqueue_arm(vring_t *ring) noexcept nogil:

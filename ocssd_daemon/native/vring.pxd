@@ -16,22 +16,24 @@ from ocssd_daemon.native.gmem cimport gmem_t
 
 cdef extern from *:
     """
+    #include <errno.h>
     #include <fcntl.h>
     #include <poll.h>
     #include <unistd.h>
-    /* The peer chooses the flags of its eventfd and may have filled it: never let it block the loop. */
-    static inline void ocssd_signal_peer(int fd, int may_block) {
+    /* The peer chooses the flags of its eventfd and may have filled it. One that blocks is asked first; one that has become
+       so since held the loop until device.py's guard interrupted it, which is what a return value of 1 says. */
+    static inline int ocssd_signal_peer(int fd, int may_block) {
         uint64_t one = 1;
         struct pollfd writable = { fd, POLLOUT, 0 };
-        if (fd < 0 || (may_block && poll(&writable, 1, 0) <= 0)) return;
-        while (write(fd, &one, sizeof one) < 0 && errno == EINTR) {}
+        if (fd < 0 || (may_block && poll(&writable, 1, 0) <= 0)) return 0;
+        return write(fd, &one, sizeof one) < 0 && errno == EINTR;
     }
     static inline int ocssd_fd_may_block(int fd) {
         int flags = fcntl(fd, F_GETFL);
         return flags < 0 || !(flags & O_NONBLOCK);
     }
     """
-    void signal_peer "ocssd_signal_peer" (int fd, int may_block) noexcept nogil
+    bint signal_peer "ocssd_signal_peer" (int fd, int may_block) noexcept nogil
     int fd_may_block "ocssd_fd_may_block" (int fd) noexcept nogil
 
 

@@ -12,10 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from construct import Container
-
 from ..protocol.nvme import commands, ocssd12
-from ..protocol.nvme.commands import BROADCAST_NSID, AdminOpcode
+from ..protocol.nvme.commands import BROADCAST_NSID, AdminOpcode, Record
 from ..protocol.nvme.status import Status
 from . import raw12, raw20
 from .answers import OK, Answer, fail, to_host
@@ -29,6 +27,7 @@ if TYPE_CHECKING:
     from .controller import Controller
 
 LIST_ENTRY_BYTES = 8
+NOT_MAPPED = b"\xff" * LIST_ENTRY_BYTES
 
 
 @dataclass(frozen=True)
@@ -46,14 +45,14 @@ NOTHING = Source()
 
 @dataclass(frozen=True)
 class AdminCommand:
-    run: Callable[[Any, Container, bytes], Answer | None]
-    source: Callable[[Container], Source] = lambda command: NOTHING
+    run: Callable[[Any, Record, bytes], Answer | None]
+    source: Callable[[Record], Source] = lambda command: NOTHING
 
 
 # Queues.
 
 
-def _create_cq(controller: Controller, command: Container, _data: bytes) -> Answer:
+def _create_cq(controller: Controller, command: Record, _data: bytes) -> Answer:
     body = commands.CreateCq.parse(command.dwords)
     status = _queue_status(controller, body, command.prp1, controller.cqs)
     if status:
@@ -67,7 +66,7 @@ def _create_cq(controller: Controller, command: Container, _data: bytes) -> Answ
     return OK
 
 
-def _create_sq(controller: Controller, command: Container, _data: bytes) -> Answer:
+def _create_sq(controller: Controller, command: Record, _data: bytes) -> Answer:
     body = commands.CreateSq.parse(command.dwords)
     status = _queue_status(controller, body, command.prp1, controller.sqs)
     if status:
@@ -81,7 +80,7 @@ def _create_sq(controller: Controller, command: Container, _data: bytes) -> Answ
     return OK
 
 
-def _queue_status(controller: Controller, body: Container, prp1: int, existing: Any) -> int:
+def _queue_status(controller: Controller, body: Record, prp1: int, existing: Any) -> int:
     """What the two creations check alike: identifier, size, contiguity, entry sizes in CC (5.3, 5.4)."""
     config, cc = controller.config, controller.registers.values["cc"]
     if not 1 <= body.qid <= config.queue_pairs or body.qid in existing:
@@ -93,7 +92,7 @@ def _queue_status(controller: Controller, body: Container, prp1: int, existing: 
     return Status.PRP_OFFSET_INVALID if prp1 % controller.page_bytes else Status.SUCCESS
 
 
-def _delete_sq(controller: Controller, command: Container, _data: bytes) -> Answer:
+def _delete_sq(controller: Controller, command: Record, _data: bytes) -> Answer:
     qid = commands.DeleteQueue.parse(command.dwords).qid
     if not qid or qid not in controller.sqs:
         return fail(Status.QID_INVALID)
@@ -102,7 +101,7 @@ def _delete_sq(controller: Controller, command: Container, _data: bytes) -> Answ
     return OK
 
 
-def _delete_cq(controller: Controller, command: Container, _data: bytes) -> Answer:
+def _delete_cq(controller: Controller, command: Record, _data: bytes) -> Answer:
     qid = commands.DeleteQueue.parse(command.dwords).qid
     if not qid or qid not in controller.cqs:
         return fail(Status.QID_INVALID)
@@ -113,7 +112,7 @@ def _delete_cq(controller: Controller, command: Container, _data: bytes) -> Answ
     return OK
 
 
-def _abort(controller: Controller, command: Container, _data: bytes) -> Answer:
+def _abort(controller: Controller, command: Record, _data: bytes) -> Answer:
     """DW0 bit 0 is 0 when the command was aborted (5.1)."""
     body = commands.Abort.parse(command.dwords)
     if body.sqid and body.sqid not in controller.sqs:
@@ -122,7 +121,7 @@ def _abort(controller: Controller, command: Container, _data: bytes) -> Answer:
     return Answer(dw0=0 if done else 1)
 
 
-def _doorbell_buffer(controller: Controller, command: Container, _data: bytes) -> Answer:
+def _doorbell_buffer(controller: Controller, command: Record, _data: bytes) -> Answer:
     page = controller.page_bytes
     if command.prp1 % page or command.prp2 % page or not command.prp1 or not command.prp2:
         return fail(Status.INVALID_FIELD)
@@ -133,23 +132,23 @@ def _doorbell_buffer(controller: Controller, command: Container, _data: bytes) -
 # Information.
 
 
-def _identify(controller: Controller, command: Container, _data: bytes) -> Answer:
+def _identify(controller: Controller, command: Record, _data: bytes) -> Answer:
     return identify(controller, command)
 
 
-def _get_log_page(controller: Controller, command: Container, _data: bytes) -> Answer:
+def _get_log_page(controller: Controller, command: Record, _data: bytes) -> Answer:
     return get_log_page(controller, command)
 
 
-def _get_features(controller: Controller, command: Container, _data: bytes) -> Answer:
+def _get_features(controller: Controller, command: Record, _data: bytes) -> Answer:
     return get_features(controller, command)
 
 
-def _async_event(controller: Controller, command: Container, _data: bytes) -> Answer | None:
+def _async_event(controller: Controller, command: Record, _data: bytes) -> Answer | None:
     return controller.expect_event(command.cid)
 
 
-def _format(controller: Controller, command: Container, _data: bytes) -> Answer:
+def _format(controller: Controller, command: Record, _data: bytes) -> Answer:
     """Only the one format that there is; the data are gone afterwards (5.23).
 
     On flash every chunk that holds something is reset, whatever its state; wear goes up by one. Cryptographic erase (2)
@@ -172,7 +171,7 @@ def _format(controller: Controller, command: Container, _data: bytes) -> Answer:
 # Open-Channel.
 
 
-def _ocssd_identify(controller: Controller, command: Container, _data: bytes) -> Answer:
+def _ocssd_identify(controller: Controller, command: Record, _data: bytes) -> Answer:
     namespace = controller.namespaces.get(command.nsid)
     if namespace is None:
         return fail(Status.INVALID_NAMESPACE)
@@ -198,7 +197,19 @@ def _raw12(controller: Controller, nsid: int) -> RawNamespace | Answer:
     return namespace
 
 
-def _get_bad_blocks(controller: Controller, command: Container, _data: bytes) -> Answer:
+def _get_l2p(controller: Controller, command: Record, _data: bytes) -> Answer:
+    """OCSSD 1.2, Get L2P table: 8 bytes per sector. The host keeps the map (DOM bit 0 is clear), so none is mapped."""
+    namespace = _raw12(controller, command.nsid)
+    if isinstance(namespace, Answer):
+        return namespace
+    body = commands.GetL2p.parse(command.dwords)
+    length_bytes = body.nlb * LIST_ENTRY_BYTES
+    if not body.nlb or body.slba + body.nlb > namespace.size_lbas or controller.exceeds_mdts(length_bytes):
+        return fail(Status.INVALID_FIELD)
+    return to_host(NOT_MAPPED * body.nlb)
+
+
+def _get_bad_blocks(controller: Controller, command: Record, _data: bytes) -> Answer:
     namespace = _raw12(controller, command.nsid)
     if isinstance(namespace, Answer):
         return namespace
@@ -208,7 +219,7 @@ def _get_bad_blocks(controller: Controller, command: Container, _data: bytes) ->
     return to_host(raw12.bad_block_table(namespace, lun, controller.foreign_pus()))
 
 
-def _set_bad_blocks(controller: Controller, command: Container, data: bytes) -> Answer:
+def _set_bad_blocks(controller: Controller, command: Record, data: bytes) -> Answer:
     namespace = _raw12(controller, command.nsid)
     if isinstance(namespace, Answer):
         return namespace
@@ -224,12 +235,12 @@ def _set_bad_blocks(controller: Controller, command: Container, data: bytes) -> 
     return OK
 
 
-def _bad_block_list(command: Container) -> Source:
+def _bad_block_list(command: Record) -> Source:
     body = commands.SetBadBlocks.parse(command.dwords)
     return Source((body.nlb_0 + 1) * LIST_ENTRY_BYTES, body.ppa) if body.nlb_0 else NOTHING
 
 
-def _feature_data(command: Container) -> Source:
+def _feature_data(command: Record) -> Source:
     return Source(data_bytes(commands.SetFeatures.parse(command.dwords).fid))
 
 
@@ -247,8 +258,10 @@ ADMIN: dict[int, AdminCommand] = {
     AdminOpcode.DOORBELL_BUFFER: AdminCommand(_doorbell_buffer),
     AdminOpcode.FORMAT_NVM: AdminCommand(_format),
     AdminOpcode.OCSSD_IDENTIFY: AdminCommand(_ocssd_identify),
+    AdminOpcode.GET_L2P: AdminCommand(_get_l2p),
     AdminOpcode.SET_BAD_BLOCKS: AdminCommand(_set_bad_blocks, _bad_block_list),
     AdminOpcode.GET_BAD_BLOCKS: AdminCommand(_get_bad_blocks),
 }
 
-RAW_ONLY = frozenset({AdminOpcode.OCSSD_IDENTIFY, AdminOpcode.SET_BAD_BLOCKS, AdminOpcode.GET_BAD_BLOCKS})
+RAW_ONLY = frozenset({AdminOpcode.OCSSD_IDENTIFY, AdminOpcode.GET_L2P, AdminOpcode.SET_BAD_BLOCKS,
+                      AdminOpcode.GET_BAD_BLOCKS})

@@ -10,9 +10,7 @@ from __future__ import annotations
 import logging
 from typing import Protocol
 
-from construct import Container
-
-from ..protocol.nvme.commands import AdminOpcode, SubmissionEntry
+from ..protocol.nvme.commands import AdminOpcode, Record, SubmissionEntry
 from ..protocol.nvme.status import Status, describe
 from .admin import Source
 from .answers import Answer, fail
@@ -55,7 +53,7 @@ class AdminQueue:
             self._controller.registers.fatal()
             return None
 
-    async def _serve(self, command: Container) -> None:
+    async def _serve(self, command: Record) -> None:
         answer = await self._answer(command)
         log.debug("admin %s cid %#x nsid %#x: %s", _name(command.opcode), command.cid, command.nsid,
                   describe(answer.status) if answer else "later")
@@ -65,7 +63,7 @@ class AdminQueue:
             await self._ring.complete(cid, Status.ABORT_REQUESTED, 0)
         self._controller.aborted_events.clear()
 
-    async def _answer(self, command: Container) -> Answer | None:
+    async def _answer(self, command: Record) -> Answer | None:
         try:
             data = await self._gather(command, self._controller.source(command))
             answer = self._controller.execute(command, data)
@@ -77,13 +75,13 @@ class AdminQueue:
             return fail(Status.DATA_TRANSFER_ERROR)
         return answer
 
-    async def _gather(self, command: Container, source: Source) -> bytes:
+    async def _gather(self, command: Record, source: Source) -> bytes:
         if source.address is not None:
             return await self._memory.read(source.address, source.length_bytes)
         found = await pieces(self._memory, command, source.length_bytes, self._controller.page_bytes)
         return b"".join([await self._memory.read(address, count) for address, count in found])
 
-    async def _scatter(self, command: Container, data: bytes) -> None:
+    async def _scatter(self, command: Record, data: bytes) -> None:
         offset = 0
         for address, count in await pieces(self._memory, command, len(data), self._controller.page_bytes):
             await self._memory.write(address, data[offset:offset + count])

@@ -12,9 +12,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
-from construct import Container
 
-from ..protocol.nvme.commands import AdminOpcode, IoOpcode
+from ..protocol.nvme.commands import AdminOpcode, IoOpcode, Record
 from ..protocol.nvme.logs import ErrorEvent, EventType, Log, event_dword
 from ..protocol.nvme.status import Status
 from .admin import ADMIN, NOTHING, RAW_ONLY, Source
@@ -117,16 +116,16 @@ class Controller:
 
     # ---- commands -----------------------------------------------------------------------------------------
 
-    def source(self, command: Container) -> Source:
+    def source(self, command: Record) -> Source:
         """What data *command* brings; nothing for one that does not exist."""
-        row = ADMIN.get(command.opcode) if command.opcode in self.admin_opcodes else None
+        row = ADMIN.get(command.opcode) if command.opcode in self.admin_opcodes and not command.psdt else None
         return row.source(command) if row else NOTHING
 
-    def execute(self, command: Container, data: bytes) -> Answer | None:
+    def execute(self, command: Record, data: bytes) -> Answer | None:
         """Run one admin command; None when it completes later."""
         if command.opcode not in self.admin_opcodes:
             return fail(Status.INVALID_OPCODE)
-        if command.fuse:
+        if command.fuse or command.psdt:            # 4.1, PSDT: over PCIe admin commands use PRPs
             return fail(Status.INVALID_FIELD)
         return ADMIN[command.opcode].run(self, command, data)
 

@@ -13,11 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from construct import Container
-
 from ..protocol.nvme import commands
 from ..protocol.nvme import features as layout
-from ..protocol.nvme.commands import BROADCAST_NSID
+from ..protocol.nvme.commands import BROADCAST_NSID, Record
 from ..protocol.nvme.features import CHANGEABLE, DULBE, NAMESPACE_SPECIFIC, Feature, Select
 from ..protocol.nvme.logs import EventType, Log
 from ..protocol.nvme.status import Status
@@ -163,7 +161,7 @@ def _row(controller: Controller, fid: int) -> Row | None:
     return row if row is not None and row.there(controller) else None
 
 
-def get_features(controller: Controller, command: Container) -> Answer:
+def get_features(controller: Controller, command: Record) -> Answer:
     body = commands.GetFeatures.parse(command.dwords)
     row = _row(controller, body.fid)
     if row is None or body.select > Select.CAPABILITIES:
@@ -178,7 +176,7 @@ def get_features(controller: Controller, command: Container) -> Answer:
     return _value(controller, row, body, targets[0])
 
 
-def _value(controller: Controller, row: Row, body: Container, nsid: int) -> Answer:
+def _value(controller: Controller, row: Row, body: Record, nsid: int) -> Answer:
     default = row.default(controller, body.cdw11)
     if body.select != Select.CURRENT:
         return Answer(dw0=default, data=bytes(row.data_bytes))
@@ -200,7 +198,7 @@ def _key(fid: int, nsid: int, cdw11: int) -> tuple[int, int, int]:
     return fid, nsid, selector.get(Feature(fid), 0)
 
 
-def set_features(controller: Controller, command: Container, data: bytes) -> Answer:
+def set_features(controller: Controller, command: Record, data: bytes) -> Answer:
     body = commands.SetFeatures.parse(command.dwords)
     row = _row(controller, body.fid)
     if row is None:
@@ -215,7 +213,7 @@ def set_features(controller: Controller, command: Container, data: bytes) -> Ans
     return _assign(controller, row, body, targets, data)
 
 
-def _assign(controller: Controller, row: Row, body: Container, targets: list[int], data: bytes) -> Answer:
+def _assign(controller: Controller, row: Row, body: Record, targets: list[int], data: bytes) -> Answer:
     answer = OK
     for nsid in targets:
         answer = row.changed(controller, nsid, body.cdw11)

@@ -9,10 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from construct import Container
-
 from ..protocol.nvme import identify as layout
-from ..protocol.nvme.commands import BROADCAST_NSID, AdminOpcode, IdentifyCommand, IoOpcode
+from ..protocol.nvme.commands import BROADCAST_NSID, AdminOpcode, IdentifyCommand, IoOpcode, Record
 from ..protocol.nvme.identify import Cns, DescriptorType
 from ..protocol.nvme.status import Status
 from .answers import Answer, fail, to_host
@@ -22,8 +20,8 @@ from .registers import VERSION_1_3
 if TYPE_CHECKING:
     from .controller import Controller
 
-# bit buckets too; the metadata pointer may be an SGL (bit 19)
-SGLS_DWORD_ALIGNED = 2 << 0 | 1 << 16 | 1 << 19
+# data blocks and segments, no bit buckets (bit 16); the metadata pointer may be an SGL (bit 19)
+SGLS_DWORD_ALIGNED = 2 << 0 | 1 << 19
 LPA_EFFECTS, LPA_EXTENDED = 1 << 1, 1 << 2          # log offset and 32-bit length
 CRITICAL_KELVIN = 353
 CNTRLTYPE_IO = 1
@@ -71,25 +69,25 @@ def _abilities(controller: Controller) -> dict[str, Any]:
             "vwc": VWC_PRESENT if controller.config.write_cache else 0, "lpa": LPA_EFFECTS | LPA_EXTENDED}
 
 
-def _namespace(controller: Controller, nsid: int, _command: Container) -> Answer:
+def _namespace(controller: Controller, nsid: int, _command: Record) -> Answer:
     if nsid == BROADCAST_NSID:      # what namespaces have in common: nothing beyond the LBA format of none
         return to_host(bytes(layout.IDENTIFY_BYTES))
     namespace = controller.namespaces.get(nsid)
     return to_host(namespace.identify()) if namespace else fail(Status.INVALID_NAMESPACE)
 
 
-def _controller(controller: Controller, _nsid: int, _command: Container) -> Answer:
+def _controller(controller: Controller, _nsid: int, _command: Record) -> Answer:
     return to_host(controller_data(controller))
 
 
-def _list(controller: Controller, nsid: int, _command: Container) -> Answer:
+def _list(controller: Controller, nsid: int, _command: Record) -> Answer:
     if nsid >= BROADCAST_NSID - 1:
         return fail(Status.INVALID_NAMESPACE)
     above = [n for n in sorted(controller.namespaces) if n > nsid][:1024]
     return to_host(layout.NamespaceList.build(above + [0] * (1024 - len(above))))
 
 
-def _descriptors(controller: Controller, nsid: int, _command: Container) -> Answer:
+def _descriptors(controller: Controller, nsid: int, _command: Record) -> Answer:
     namespace = controller.namespaces.get(nsid)
     if namespace is None:
         return fail(Status.INVALID_NAMESPACE)
@@ -101,14 +99,14 @@ def _descriptors(controller: Controller, nsid: int, _command: Container) -> Answ
     return to_host(raw.ljust(layout.IDENTIFY_BYTES, b"\0"))
 
 
-def _nvm_only(controller: Controller, nsid: int, command: Container) -> Answer:
+def _nvm_only(controller: Controller, nsid: int, command: Record) -> Answer:
     """CNS 05h, 06h: the NVM command set has nothing to add to the older structures."""
     if command.cns == Cns.NAMESPACE_CSI and nsid not in controller.namespaces:
         return fail(Status.INVALID_NAMESPACE)
     return to_host(bytes(layout.IDENTIFY_BYTES))
 
 
-def _independent(controller: Controller, nsid: int, _command: Container) -> Answer:
+def _independent(controller: Controller, nsid: int, _command: Record) -> Answer:
     namespace = controller.namespaces.get(nsid)
     if namespace is None:
         return fail(Status.INVALID_NAMESPACE)
@@ -117,7 +115,7 @@ def _independent(controller: Controller, nsid: int, _command: Container) -> Answ
                                                       "nstat": 1}))
 
 
-CNS: dict[int, Callable[[Any, int, Container], Answer]] = {
+CNS: dict[int, Callable[[Any, int, Record], Answer]] = {
     Cns.NAMESPACE: _namespace,
     Cns.CONTROLLER: _controller,
     Cns.ACTIVE_NAMESPACES: _list,
@@ -134,7 +132,7 @@ CNS: dict[int, Callable[[Any, int, Container], Answer]] = {
 _OF_A_COMMAND_SET = frozenset({Cns.NAMESPACE_CSI, Cns.CONTROLLER_CSI, Cns.ACTIVE_NAMESPACES_CSI})
 
 
-def identify(controller: Controller, command: Container) -> Answer:
+def identify(controller: Controller, command: Record) -> Answer:
     """There is one command set, NVM (CSI 0)."""
     body = IdentifyCommand.parse(command.dwords)
     handler = CNS.get(body.cns)

@@ -74,7 +74,11 @@ class Device:
         self._namespace = raw_namespace("ocssd20", 1, self._media, dlfeat=dlfeat)
         self._flash = Flash(self._namespace, np.zeros(self.geometry.total_pus, np.uint8))
         if clock == "virtual":
-            attach_timing(self._media, _timing(latency, self.geometry), virtual=True)
+            try:
+                attach_timing(self._media, _timing(latency, self.geometry), virtual=True)
+            except BaseException:
+                self.close()                                # or the image would stay locked
+                raise
 
     def close(self) -> None:
         """Release the image. Arrays that were returned stay valid."""

@@ -11,10 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from construct import Container
-
 from ..protocol.nvme import commands, ocssd20
 from ..protocol.nvme import logs as layout
+from ..protocol.nvme.commands import Record
 from ..protocol.nvme.logs import Log
 from ..protocol.nvme.status import Status, status_field
 from .answers import Answer, fail, to_host
@@ -79,7 +78,7 @@ LOGS: dict[int, Callable[[Any, int], bytes | int]] = {
 }
 
 
-def get_log_page(controller: Controller, command: Container) -> Answer:
+def get_log_page(controller: Controller, command: Record) -> Answer:
     body = commands.GetLogPage.parse(command.dwords)
     build = LOGS.get(body.lid)
     if build is None:
@@ -92,7 +91,7 @@ def get_log_page(controller: Controller, command: Container) -> Answer:
     return _slice(controller, body, page)
 
 
-def _slice(controller: Controller, body: Container, page: bytes) -> Answer:
+def _slice(controller: Controller, body: Record, page: bytes) -> Answer:
     end = body.offset_bytes + body.length_bytes
     if body.offset_bytes > len(page) or (body.lid == Log.CHUNK_INFORMATION and end > len(page)):
         return fail(Status.INVALID_FIELD)

@@ -2,15 +2,14 @@
 queue).
 
 NVM Express Base 1.3, 4.3 (PRP) and 4.4 (SGL). Results are ``(address, length)`` pieces of guest memory in
-order. The I/O queues do the same in C (``native/nvmeq.pxd``); a test holds the two walks together. Lists are
-bounded by the transfer length, so a list that loops ends.
+order. The I/O queues do the same in C (``native/nvme_dptr.pxd``); a test holds the two walks together. PRP lists
+are bounded by the transfer length, so a list that loops ends; SGLs may have empty descriptors and are bounded by
+their number.
 """
 
 from __future__ import annotations
 
-from construct import Container
-
-from ..protocol.nvme.commands import SglDescriptor, SglType
+from ..protocol.nvme.commands import Record, SglDescriptor, SglType
 from ..protocol.nvme.status import Status
 from .ports import GuestMemory
 
@@ -18,6 +17,7 @@ Piece = tuple[int, int]
 PRP_BYTES = 8
 SGL_BYTES = 16
 MAX_SGL_SEGMENTS = 256
+MAX_SGL_DESCRIPTORS = 4096
 
 
 class PointerError(Exception):
@@ -28,7 +28,7 @@ class PointerError(Exception):
         self.status = status
 
 
-async def pieces(memory: GuestMemory, command: Container, length_bytes: int, page_bytes: int) -> list[Piece]:
+async def pieces(memory: GuestMemory, command: Record, length_bytes: int, page_bytes: int) -> list[Piece]:
     """Where the *length_bytes* of the command's data lie. Raises :class:`PointerError` or ``MemoryFault``."""
     if not length_bytes:
         return []
@@ -72,28 +72,47 @@ async def _prp_list(memory: GuestMemory, address: int, left: int, page_bytes: in
     return found
 
 
+class _SglWalk:
+    """``native/nvme_dptr.pxd``, sgl_walk_t: what is left of the transfer, and which segment comes next."""
+
+    def __init__(self, length_bytes: int) -> None:
+        self.left, self.found = length_bytes, list[Piece]()
+        self.segment: tuple[int, int] | None = None
+        self._descriptors, self._last = 0, False
+
+    def take(self, entry: Record, *, ends_segment: bool) -> None:
+        """One descriptor: a data block, or the link at the end of a segment."""
+        if entry.subtype or entry.type not in (SglType.DATA_BLOCK, SglType.SEGMENT, SglType.LAST_SEGMENT):
+            raise PointerError(Status.SGL_TYPE_INVALID)
+        if entry.type == SglType.DATA_BLOCK:
+            taken = min(self.left, entry.length)
+            self.found += [(entry.address, taken)] if taken else []
+            self.left -= taken
+            return
+        self._descriptors += entry.length // SGL_BYTES
+        if not ends_segment or self._last or not entry.length or entry.length % SGL_BYTES \
+                or self._descriptors > MAX_SGL_DESCRIPTORS:
+            raise PointerError(Status.SGL_SEGMENT_INVALID)
+        self.segment, self._last = (entry.address, entry.length), entry.type == SglType.LAST_SEGMENT
+
+    def take_segment(self, raw: bytes) -> None:
+        """All descriptors of a segment, as far as the transfer needs them, and always the one that ends it."""
+        self.segment = None
+        ends = len(raw) - SGL_BYTES
+        for at in range(0, len(raw), SGL_BYTES):
+            if not self.left and at != ends:
+                return
+            self.take(SglDescriptor.parse(raw[at:at + SGL_BYTES]), ends_segment=at == ends)
+
+
 async def sgl_pieces(memory: GuestMemory, descriptor: bytes, length_bytes: int) -> list[Piece]:
-    found: list[Piece] = []
-    left, queue, last = length_bytes, [SglDescriptor.parse(descriptor)], False
-    for _ in range(MAX_SGL_SEGMENTS):
-        following = None
-        for index, entry in enumerate(queue):
-            if entry.subtype:
-                raise PointerError(Status.SGL_TYPE_INVALID)
-            if entry.type in (SglType.SEGMENT, SglType.LAST_SEGMENT):
-                if last or index != len(queue) - 1 or not entry.length or entry.length % SGL_BYTES:
-                    raise PointerError(Status.SGL_SEGMENT_INVALID)
-                following, last = entry, entry.type == SglType.LAST_SEGMENT
-            elif entry.type == SglType.DATA_BLOCK:
-                take = min(left, entry.length)
-                found += [(entry.address, take)] if take else []
-                left -= take
-            else:
-                raise PointerError(Status.SGL_TYPE_INVALID)
-        if following is None:
-            break
-        raw = await memory.read(following.address, following.length)
-        queue = [SglDescriptor.parse(raw[i:i + SGL_BYTES]) for i in range(0, len(raw), SGL_BYTES)]
-    if left:
+    walk, segments = _SglWalk(length_bytes), 0
+    walk.take(SglDescriptor.parse(descriptor), ends_segment=True)
+    while walk.segment is not None and walk.left:
+        segments += 1
+        if segments > MAX_SGL_SEGMENTS:
+            raise PointerError(Status.SGL_SEGMENT_INVALID)
+        walk.take_segment(await memory.read(*walk.segment))
+    if walk.left:
         raise PointerError(Status.DATA_SGL_LENGTH)
-    return found
+    return walk.found

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from construct import Container
-
-from ..protocol.nvme.commands import DatasetManagement, IoOpcode, ReadWrite, Vector
+from ..protocol.nvme.commands import DatasetManagement, IoOpcode, ReadWrite, Record, Vector
 from ..protocol.nvme.ocssd20 import CHUNK_DESCRIPTOR_BYTES, MAX_VECTOR_LBAS
 from .namespaces import Namespace
 
@@ -35,7 +33,7 @@ class Transfer:
     from_host: bool = False
 
 
-def transfer_of(command: Container, namespace: Namespace | None) -> Transfer:
+def transfer_of(command: Record, namespace: Namespace | None) -> Transfer:
     if namespace is None:
         return Transfer()
     found = Transfer(from_host=command.opcode in FROM_HOST)
@@ -48,12 +46,12 @@ def transfer_of(command: Container, namespace: Namespace | None) -> Transfer:
     return found
 
 
-def _blocks(found: Transfer, namespace: Namespace, command: Container, count: int) -> None:
+def _blocks(found: Transfer, namespace: Namespace, command: Record, count: int) -> None:
     found.data_bytes = count * namespace.lba_bytes
     found.metadata_bytes = count * namespace.metadata_bytes if command.mptr else 0
 
 
-def _vector(found: Transfer, namespace: Namespace, command: Container) -> None:
+def _vector(found: Transfer, namespace: Namespace, command: Record) -> None:
     body = Vector.parse(command.dwords)
     count = body.nlb_0 + 1
     if count > MAX_VECTOR_LBAS:

@@ -43,7 +43,7 @@ class Copy:
         try:
             os.ftruncate(self.fd, size_bytes)
         except BaseException:
-            os.close(self.fd)
+            self.close()
             raise
 
     def close(self) -> None:

@@ -58,6 +58,8 @@ class MessageQueues:
         """Fetch what the command reads; returns the places that it will write. An impossible pointer fetches
         nothing: the command then fails for the same reason."""
         transfer = transfer_of(command, self._controller.namespaces.get(command.nsid))
+        if self._controller.exceeds_mdts(transfer.data_bytes):
+            return []                                           # it will be refused: nothing is fetched for that
         try:
             for address, count in transfer.lists:
                 await self._memory.pull(address, count)

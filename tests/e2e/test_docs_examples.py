@@ -36,9 +36,14 @@ def test_a_shell_example_works(tmp_path: Path, programs: Path, page: str, block:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_the_ftl_of_the_python_page_recovers_its_pages(tmp_path: Path) -> None:
-    program = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs/python.md").read_text(), re.MULTILINE | re.DOTALL)[0]
+# What each program of the Python page prints: 2 us controller, 40 us sense, 5 us transfer; then the FTL's pages.
+PROGRAMS = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs/python.md").read_text(), re.MULTILINE | re.DOTALL)
+PRINTS = (r"47 us for a read\n", r"\d+ pages recovered\n")
+
+
+@pytest.mark.parametrize(("program", "prints"), list(zip(PROGRAMS, PRINTS, strict=True)), ids=("time", "ftl"))
+def test_a_program_of_the_python_page_prints_what_it_should(tmp_path: Path, program: str, prints: str) -> None:
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False,
                           timeout=60, env=environment())
     assert done.returncode == 0, done.stderr
-    assert re.fullmatch(r"\d+ pages recovered\n", done.stdout)
+    assert re.fullmatch(prints, done.stdout)

@@ -29,6 +29,7 @@ def test_identify_controller_offers_what_is_implemented(host):
     assert (found.vid, found.nn, found.sqes, found.cqes, found.mdts, found.fuses) == (0x1D1D, 3, 0x66, 0x44, 7, 1)
     assert found.oacs == 1 << 1 | 1 << 8                        # Format NVM, Doorbell Buffer Config
     assert found.oncs == 1 << 0 | 1 << 2 | 1 << 3 | 1 << 7      # Compare, DSM, Write Zeroes, Verify
+    assert found.sgls == 2 | 1 << 19                            # aligned, also for metadata; a bit bucket is refused
     assert found.lpa & 1 << 2                                   # extended log page data: lightnvm needs it
 
 
@@ -177,7 +178,7 @@ def test_format_empties_the_namespace_and_takes_only_format_0(host):
     assert host.read_blocks(0, 1, nsid=2)[1] == bytes(PAGE)
 
 
-@pytest.mark.parametrize("opcode", [0x03, 0x0D, 0x10, 0x11, 0x18, 0x7F, 0x81, 0xC0, 0xC1, 0xEA, 0xFF])
+@pytest.mark.parametrize("opcode", [0x03, 0x0D, 0x10, 0x11, 0x18, 0x7F, 0x81, 0xC0, 0xC1, 0xE3, 0xFF])
 def test_admin_opcodes_that_do_not_exist_are_refused(host, opcode):
     assert host.admin(opcode).status == 0x4001
 

@@ -285,7 +285,7 @@ class Shadowed:
         self.old[place] = value
 
 
-def test_coalescing_makes_one_interrupt_of_several_completions(host):
+def test_nobody_waits_for_ever_for_completions_that_are_coalesced(host):
     queue = host.queues[1]
     assert host.admin(0x09, dwords=struct.pack("<II", 8, 7 | 2 << 8)).status == 0     # 8 completions or 200 µs
     entries = [host.entry(0x02, address=0x10000, count=LBA, dwords=blocks(0, 1)) for _ in range(8)]

@@ -123,13 +123,13 @@ def test_without_shared_memory_a_long_command_is_done_at_once(start) -> None:
 class Still:
     """One queue pair on guest memory, run by hand."""
 
-    def __init__(self) -> None:
+    def __init__(self, ram_bytes: int = RAM_BYTES) -> None:
         self.reactor = Reactor(0)
         self.fd = os.memfd_create("guest")
-        os.ftruncate(self.fd, RAM_BYTES)
-        self.ram = mmap.mmap(self.fd, RAM_BYTES)
+        os.ftruncate(self.fd, ram_bytes)
+        self.ram = mmap.mmap(self.fd, ram_bytes)
         self.memory = GuestMemory(self.reactor)
-        assert self.memory.map(0, RAM_BYTES, self.fd, 0, True) is None
+        assert self.memory.map(0, ram_bytes, self.fd, 0, True) is None
         self.media = Media(open_ram(LARGE))
         self.ftl = Ftl(self.media, DISK_LBAS)
         self.ftl.load(0)
@@ -139,6 +139,13 @@ class Still:
         assert self.queues.create_cq(QueueShape(1, CQ, 16), 1, False)
         assert self.queues.create_sq(QueueShape(1, SQ, 16), 1)
         self.tail = 0
+
+    def interrupting(self) -> None:
+        """The queue pair again, with interrupts."""
+        self.queues.delete_sq(1)
+        self.queues.delete_cq(1)
+        assert self.queues.create_cq(QueueShape(1, CQ, 16), 1, True)
+        assert self.queues.create_sq(QueueShape(1, SQ, 16), 1)
 
     def submit(self, entry: bytes) -> None:
         self.ram[SQ + self.tail * 64:SQ + self.tail * 64 + 64] = entry

@@ -132,6 +132,14 @@ def test_with_a_virtual_clock_commands_take_the_time_of_the_flash():
         assert ssd.done_ns >= at
 
 
+def test_a_latency_that_cannot_be_leaves_the_image_to_the_next(tmp_path):
+    path = str(tmp_path / "flash")
+    with pytest.raises(ValueError, match="must be at least 1") as caught:
+        Device(store=path, **SHAPE, clock="virtual", latency={"erase_ns": 1, "planes": -2})
+    Device(store=path).close()
+    assert caught                                           # held, and with it every frame that might hold the image
+
+
 def test_without_latency_a_command_ends_when_it_is_issued(ssd):
     with Device(**SHAPE, clock="virtual") as virtual:
         virtual.now_ns = 77

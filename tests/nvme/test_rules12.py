@@ -116,6 +116,22 @@ def test_an_erased_block_may_be_erased_again(host):
     assert erase(host, 0, PLANE, mode=DUAL).status == 0
 
 
+@pytest.mark.parametrize(("slba", "count", "status"), [
+    (0, 512, 0), (2048 - 2, 2, 0), (2048 - 1, 2, 0x4002), ((1 << 64) - 1, 2, 0x4002), (0, 0, 0x4002),
+    (0, 0xFFFF_FFFF, 0x4002),
+])
+def test_the_devices_map_is_read_and_has_nothing_in_it_because_the_host_keeps_it(host, slba, count, status):
+    at = host.put(b"\xa5" * 4096)
+    assert host.admin(0xEA, 1, data=at, dwords=struct.pack("<QI", slba, count)).status == status
+    read = 0 if status else count * 8
+    assert host.get(at, 4096) == b"\xff" * read + b"\xa5" * (4096 - read)
+
+
+def test_a_20_namespace_has_no_map_to_read(start):
+    _, host = start(("ocssd20",))
+    assert host.admin(0xEA, 1, data=host.allocate(4096), dwords=struct.pack("<QI", 0, 1)).status == 0x4001
+
+
 def test_the_bad_block_table_has_a_byte_per_block_and_plane(host):
     status, raw = table(host, LUN)
     assert status == 0

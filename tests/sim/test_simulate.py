@@ -129,6 +129,8 @@ def test_a_table_can_be_written_as_csv(tmp_path: Path) -> None:
             ("--workload", "randwrite", "--set", "latency.erase_ns=-1"),
             "latency.erase_ns=-1 (--set): must be from 0 to",
         ),
+        (("--workload", "randread", "--set", "latency.erase_ns=1", "--set", "latency.planes=-3"), "must be at least 1"),
+        (("--workload", "randread", "--set", "latency.erase_ns=1", "--set", "latency.page_sectors=0"), "at least 1"),
         (("--trace", "/nonexistent"), "/nonexistent: No such file or directory"),
         (
             ("--workload", "randwrite", "--ios", "100", "--table", "out.xls"),
@@ -159,6 +161,24 @@ def test_a_profile_file_names_file_and_key_when_it_is_wrong(tmp_path: Path) -> N
     path.write_text('sense_ns = 40000\n\nerase_ns = "long"\n')
     done = ocssd("--workload", "randread", "--set", f"latency.profile={path}")
     assert f"{path}:3: Expected `int`, got `str` - at `$.erase_ns`" in done.output
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("sense_ns = 40000\nerase_ns = -1\n", ":2: erase_ns = -1: must be from 0 to 1000000000000 ns"),
+        ("sense_ns = [1, 2, 3, 4, 5]\n", ":1: sense_ns = [1,2,3,4,5]: must be 1 to 4 numbers, one per page kind"),
+        ("erase_ns = 1\n\nplanes = 100000\n", ":3: planes = 100000: a row of all planes must fit a chunk of"),
+    ],
+)
+def test_a_number_of_a_profile_file_that_cannot_be_is_named_with_its_line(
+    tmp_path: Path, text: str, complaint: str
+) -> None:
+    path = tmp_path / "drive.toml"
+    path.write_text(text)
+    done = ocssd("--workload", "randread", "--set", f"latency.profile={path}")
+    assert f"{path}{complaint}" in done.output
+    assert done.exit_code == 1
 
 
 def test_a_profile_file_sets_the_numbers(tmp_path: Path) -> None:

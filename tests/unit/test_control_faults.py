@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from ocssd_daemon.control import faults, schema
@@ -76,6 +77,12 @@ def test_a_file_of_too_many_rules_adds_none(handlers: Any, tmp_path: Path) -> No
     with pytest.raises(Refused, match="at most 4096 fault rules"):
         handlers["fault.import"](schema.FaultImport("rules", str(path)))
     assert texts(handlers["fault.list"](schema.NoParams())) == []
+
+
+def test_a_number_that_no_rule_has_is_an_invalid_parameter() -> None:
+    for number in (0, -1, 2**31, 10**23):
+        with pytest.raises(msgspec.ValidationError):
+            msgspec.json.decode(b'{"id":%d}' % number, type=schema.FaultId)
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ def test_a_rule_says_where_what_and_when() -> None:
         ("on=write do=fail p=0", "p=0: must be a probability above 0, at most 1"),
         ("on=write do=fail p=nan", "p=nan: must be a probability"),
         ("on=write do=fail every=0", "every=0: must be a whole number from 1"),
+        ("on=write do=fail while=/tmp\0x", "must be a path of at most 255 bytes"),
         ("on=write do=fail do=fail", "do is given twice"),
         ("on=write do=fail colour=red", "colour=red: must be KEY=VALUE with one of on, group"),
     ],

@@ -77,7 +77,7 @@ def test_structures_have_the_size_of_the_specification(layout, size):
 @pytest.mark.parametrize("layout", [
     commands.DeleteQueue, commands.CreateSq, commands.CreateCq, commands.Abort, commands.IdentifyCommand,
     commands.GetLogPage, commands.GetFeatures, commands.SetFeatures, commands.FormatNvm, commands.ReadWrite,
-    commands.DatasetManagement, commands.Vector, commands.SetBadBlocks, commands.GetBadBlocks,
+    commands.DatasetManagement, commands.Vector, commands.SetBadBlocks, commands.GetBadBlocks, commands.GetL2p,
 ])
 def test_the_dwords_of_every_command_are_24_bytes(layout):
     assert layout.sizeof() == 24

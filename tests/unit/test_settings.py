@@ -72,6 +72,12 @@ def test_a_refusal_names_key_value_source_and_rule_in_one_line(assignment: str, 
     assert "\n" not in said
 
 
+@pytest.mark.parametrize("field", ["groups", "pus", "sectors", "sector_bytes", "ws_opt"])
+@pytest.mark.parametrize("value", [0, -1])
+def test_a_shape_that_cannot_be_is_named_also_when_a_size_is_given(field: str, value: int) -> None:
+    assert refusal("size=1G", f"geometry.{field}={value}").startswith(f"geometry.{field}={value} (--set): must be ")
+
+
 def test_size_and_chunks_together_are_refused() -> None:
     assert "geometry.chunks is set too" in refusal("size=4G", "geometry.chunks=64")
 

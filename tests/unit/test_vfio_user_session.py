@@ -64,6 +64,13 @@ def test_a_version_that_does_not_fit_ends_the_connection_with_einval(payload):
     assert struct.unpack("<I", caught.value.reply[12:16])[0] == errno.EINVAL
 
 
+def test_a_version_of_a_mebibyte_ends_the_connection_at_its_header():
+    session = Session()
+    raw = message(1, struct.pack("<HH", 0, 0) + b'{"capabilities":{"x":"' + b"x" * (1 << 20) + b'"}}\0')
+    with pytest.raises(ProtocolError):
+        session.receive(raw[:16])
+
+
 def test_anything_before_version_ends_the_connection():
     with pytest.raises(ProtocolError):
         feed(Session(), message(Command.DEVICE_RESET))
@@ -78,10 +85,10 @@ def test_a_size_that_makes_no_frame_ends_the_connection(size):
 @pytest.mark.parametrize(("command", "payload", "flags", "code"), [
     (6, b"", 0, errno.ENOTSUP),                                 # GET_REGION_IO_FDS
     (14, b"", 0, errno.ENOTSUP),
-    (99, b"", 0, errno.ENOTSUP),
+    *((command, bytes(16), 0, errno.ENOTSUP) for command in (16, 17, 18, 99, 0xFFFF)),     # feature, migration, unknown
     (Command.DMA_MAP, bytes(31), 0, errno.EINVAL),              # one byte short
     (Command.DEVICE_RESET, b"x", 0, errno.EINVAL),
-    (Command.DEVICE_RESET, b"", 2, errno.EINVAL),               # type 2
+    *((Command.DEVICE_RESET, b"", kind, errno.EINVAL) for kind in range(2, 16)),           # message types
 ])
 def test_a_message_with_a_known_frame_and_wrong_content_is_answered_and_the_stream_goes_on(
         command, payload, flags, code):

@@ -45,6 +45,7 @@ class AdminOpcode(IntEnum):
     DOORBELL_BUFFER = 0x7C
     FORMAT_NVM = 0x80
     OCSSD_IDENTIFY = 0xE2       # 1.2: device identity; 2.0: geometry
+    GET_L2P = 0xEA              # 1.2
     SET_BAD_BLOCKS = 0xF1       # 1.2
     GET_BAD_BLOCKS = 0xF2       # 1.2
 
@@ -176,6 +177,7 @@ Vector = Struct(
     "destination" / Int64ul,                # vector copy: the destination list
 )
 
+GetL2p = Struct("slba" / Int64ul, "nlb" / Int32ul, Padding(12))
 SetBadBlocks = Struct("ppa" / Int64ul, "nlb_0" / Int16ul, "value" / Int8ul, Padding(13))
 GetBadBlocks = Struct("ppa" / Int64ul, Padding(16))
 
