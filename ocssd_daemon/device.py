@@ -136,8 +136,8 @@ class Device:
     def _guard(self, reactor: threading.Thread) -> None:
         """Free the loop from a descriptor that its peer made block: a turn takes a millisecond, not seconds.
 
-        A peer shares the flags of the eventfds that it gave us, and may clear O_NONBLOCK at any time. Asking before each
-        signal would cost every honest one a system call, and still leave a race.
+        A peer shares the flags of the eventfds that it gave us, and may clear O_NONBLOCK at any time. Asking before
+        each signal would cost every honest one a system call, and still leave a race.
         """
         before = None
         while not self._ended.wait(GUARD_S):
