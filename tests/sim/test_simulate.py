@@ -178,7 +178,7 @@ def test_a_number_of_a_profile_file_that_cannot_be_is_named_with_its_line(
     path.write_text(text)
     done = ocssd("--workload", "randread", "--set", f"latency.profile={path}")
     assert f"{path}{complaint}" in done.output
-    assert done.exit_code == 1
+    assert done.exit_code == 2
 
 
 def test_a_profile_file_sets_the_numbers(tmp_path: Path) -> None:
