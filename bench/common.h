@@ -14,6 +14,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/resource.h>
+#include <sys/socket.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -28,6 +29,21 @@ static inline __attribute__((noreturn, format(printf, 1, 2))) void die(const cha
     fputc('\n', stderr);
     va_end(args);
     exit(1);
+}
+
+/* Sends one message, with the descriptor `fd` unless it is negative; false when it was not taken whole. */
+static inline bool send_with_fd(int socket, const void *message, size_t bytes, int fd)
+{
+    char control[CMSG_SPACE(sizeof(int))] = { 0 };
+    struct iovec iov = { (void *)message, bytes };
+    struct msghdr header = { .msg_iov = &iov, .msg_iovlen = 1 };
+    if (fd >= 0) {
+        header.msg_control = control, header.msg_controllen = sizeof control;
+        struct cmsghdr *cmsg = CMSG_FIRSTHDR(&header);
+        cmsg->cmsg_level = SOL_SOCKET, cmsg->cmsg_type = SCM_RIGHTS, cmsg->cmsg_len = CMSG_LEN(sizeof fd);
+        memcpy(CMSG_DATA(cmsg), &fd, sizeof fd);
+    }
+    return sendmsg(socket, &header, MSG_NOSIGNAL) == (ssize_t)bytes;
 }
 
 static inline uint64_t now_ns(void)

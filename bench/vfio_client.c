@@ -78,17 +78,8 @@ struct client {
 static void send_message(struct client *c, uint16_t command, uint32_t flags, const void *payload, uint32_t size, int fd)
 {
     struct { struct header head; char payload[PAYLOAD_MAX]; } m = { { ++c->next_id, command, 16 + size, flags, 0 }, "" };
-    char control[CMSG_SPACE(sizeof(int))] = { 0 };
-    struct iovec iov = { &m, 16 + size };
-    struct msghdr header = { .msg_iov = &iov, .msg_iovlen = 1 };
     memcpy(m.payload, payload, size);
-    if (fd >= 0) {
-        header.msg_control = control, header.msg_controllen = sizeof control;
-        struct cmsghdr *cmsg = CMSG_FIRSTHDR(&header);
-        cmsg->cmsg_level = SOL_SOCKET, cmsg->cmsg_type = SCM_RIGHTS, cmsg->cmsg_len = CMSG_LEN(sizeof fd);
-        memcpy(CMSG_DATA(cmsg), &fd, sizeof fd);
-    }
-    if (sendmsg(c->socket, &header, MSG_NOSIGNAL) != (ssize_t)(16 + size)) die("sending command %u: %s", command, strerror(errno));
+    if (!send_with_fd(c->socket, &m, 16 + size, fd)) die("sending command %u: %s", command, strerror(errno));
 }
 
 /* Sends a command and receives its reply of at most `room` bytes; returns the descriptor that came along, or -1. */

@@ -86,17 +86,8 @@ struct client {
 static void send_message(struct client *c, uint32_t request, uint32_t flags, const void *payload, uint32_t size, int fd)
 {
     struct message m = { .request = request, .flags = FLAG_VERSION | flags, .size = size };
-    char control[CMSG_SPACE(sizeof(int))] = { 0 };
-    struct iovec iov = { &m, 12 + size };
-    struct msghdr header = { .msg_iov = &iov, .msg_iovlen = 1 };
     memcpy(m.payload, payload, size);
-    if (fd >= 0) {
-        header.msg_control = control, header.msg_controllen = sizeof control;
-        struct cmsghdr *cmsg = CMSG_FIRSTHDR(&header);
-        cmsg->cmsg_level = SOL_SOCKET, cmsg->cmsg_type = SCM_RIGHTS, cmsg->cmsg_len = CMSG_LEN(sizeof fd);
-        memcpy(CMSG_DATA(cmsg), &fd, sizeof fd);
-    }
-    if (sendmsg(c->socket, &header, MSG_NOSIGNAL) != (ssize_t)(12 + size)) die("sending request %u: %s", request, strerror(errno));
+    if (!send_with_fd(c->socket, &m, 12 + size, fd)) die("sending request %u: %s", request, strerror(errno));
 }
 
 /* Receives the answer to `request`; returns the file descriptor that came with it, or -1. */

@@ -11,6 +11,7 @@ import pytest
 
 from tests.kit.nvme_host import NvmeHost
 from tests.kit.nvme_target import Target, attached, serving
+from tests.kit.vfio_user_client import VfioUserClient
 
 StartTarget = Callable[..., tuple[Target, NvmeHost]]
 
@@ -26,3 +27,18 @@ def start(tmp_path: Path) -> Iterator[StartTarget]:
             host.create_queue()
             return target, host
         yield go
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Iterator[Target]:
+    """A controller with a block namespace that nobody talks to yet."""
+    with serving(str(tmp_path / "s"), ("block",)) as running:
+        yield running
+
+
+@pytest.fixture
+def client(target: Target) -> Iterator[VfioUserClient]:
+    """A vfio-user client of ``target`` that has negotiated, and no more."""
+    with VfioUserClient(target.path) as connected:
+        connected.negotiate()
+        yield connected

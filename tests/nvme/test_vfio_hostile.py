@@ -51,19 +51,6 @@ GOOD = {
 }
 
 
-@pytest.fixture
-def target(tmp_path):
-    with serving(str(tmp_path / "s"), ("block",)) as running:
-        yield running
-
-
-@pytest.fixture
-def client(target):
-    with VfioUserClient(target.path) as connected:
-        connected.negotiate()
-        yield connected
-
-
 def works(target):
     """Does the next client get a disk?"""
     with attached(target) as host:

@@ -38,19 +38,6 @@ from tests.nvme.test_block import blocks
 from tests.nvme.test_long_commands import LARGE
 
 
-@pytest.fixture
-def target(tmp_path):
-    with serving(str(tmp_path / "s"), ("block",)) as running:
-        yield running
-
-
-@pytest.fixture
-def client(target):
-    with VfioUserClient(target.path) as connected:
-        connected.negotiate()
-        yield connected
-
-
 def refused(client, command, payload, fds=()):
     with pytest.raises(VfioError) as caught:
         client.call(command, payload, fds=fds)

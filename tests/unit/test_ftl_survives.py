@@ -121,8 +121,8 @@ def test_worn_out_chunks_are_retired_until_the_spare_space_has_ended() -> None:
     flash.close()
 
 
-def test_lines_that_become_hard_to_read_are_refreshed_before_data_is_lost() -> None:
-    # A read disturbs its chunk; at the notice level the line moves, so the count starts again.
+def read_until_lines_move() -> Device:
+    """A full disk that was read so often that each read's disturbance added up to the notice level."""
     flash = device("wear.ecc_bits=100", "wear.disturb=0.00001", "wear.retries=0", "wear.notice_share=0.5")
     shadow = Shadow(flash, 4)
     for _ in range(shadow.sectors):
@@ -130,6 +130,12 @@ def test_lines_that_become_hard_to_read_are_refreshed_before_data_is_lost() -> N
     flash.disk.flush()
     for _ in range(60):
         shadow.check()
+    return flash
+
+
+def test_lines_that_become_hard_to_read_are_refreshed_before_data_is_lost() -> None:
+    # A read disturbs its chunk; at the notice level the line moves, so the count starts again.
+    flash = read_until_lines_move()
     stats = flash.ftl.stats()
     assert stats["lines_refreshed"] > 0
     assert stats["read_failures"] == 0
@@ -318,13 +324,7 @@ def test_restarts_do_not_retire_more_chunks_than_there_is_space_for(tmp_path: Pa
 
 
 def test_refreshed_lines_are_noted() -> None:
-    flash = device("wear.ecc_bits=100", "wear.disturb=0.00001", "wear.retries=0", "wear.notice_share=0.5")
-    shadow = Shadow(flash, 4)
-    for _ in range(shadow.sectors):
-        shadow.write()
-    flash.disk.flush()
-    for _ in range(60):
-        shadow.check()
+    flash = read_until_lines_move()
     states = {state for _, _, _, state in flash.physics.wear.notices()}
     assert {1 << 1, 1 << 4} <= states
     flash.close()

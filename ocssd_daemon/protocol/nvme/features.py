@@ -21,7 +21,6 @@ class Feature(IntEnum):
     INTERRUPT_VECTOR = 0x09
     WRITE_ATOMICITY = 0x0A
     ASYNC_EVENTS = 0x0B
-    TIMESTAMP = 0x0E
     SOFTWARE_PROGRESS = 0x80
     MEDIA_FEEDBACK = 0xCA               # OCSSD 2.0: bit 0 high ECC, bit 1 very high ECC
 
@@ -48,4 +47,3 @@ LbaRange = Struct(
 LbaRangeTable = Array(LBA_RANGES, LbaRange)
 
 LBA_RANGE_TABLE_BYTES = 4096
-TIMESTAMP_BYTES = 8
